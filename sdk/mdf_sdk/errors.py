@@ -1,0 +1,65 @@
+"""The exceptions that every package raises for what a user can cure.
+
+    MDFError
+    ├── InputError              what was passed to a call
+    │   ├── ImageError          the photograph
+    │   └── TextError           the clinical text
+    ├── EngineError             the engine directory
+    │   ├── ManifestError       manifest.json is missing, malformed or of another version
+    │   └── IntegrityError      a file is missing, altered, surplus, a link, or outside the directory
+    ├── BackendError            the runtime below
+    │   ├── BackendUnavailableError   not installed, or no such device
+    │   └── BackendRunError     it failed while loading or running a block
+    ├── DataError               a data set (names row and column)
+    └── CheckpointError         a training checkpoint
+
+Every message says what was found, what was expected, and the command that cures it.
+"""
+
+
+class MDFError(Exception):
+    """Base of all errors of this distribution."""
+
+
+class InputError(MDFError, ValueError):
+    """An argument of a call is unusable."""
+
+
+class ImageError(InputError):
+    """The photograph cannot be used."""
+
+
+class TextError(InputError):
+    """The clinical text cannot be used."""
+
+
+class EngineError(MDFError):
+    """The engine directory cannot be used."""
+
+
+class ManifestError(EngineError):
+    """manifest.json is missing, malformed, or of a version this SDK does not read."""
+
+
+class IntegrityError(EngineError):
+    """A file of the engine is not what the manifest says."""
+
+
+class BackendError(MDFError):
+    """The runtime that executes the blocks failed."""
+
+
+class BackendUnavailableError(BackendError):
+    """The backend or device asked for does not work on this machine."""
+
+
+class BackendRunError(BackendError):
+    """A block failed to load or to run."""
+
+
+class DataError(MDFError, ValueError):
+    """A data set breaks the format."""
+
+
+class CheckpointError(MDFError):
+    """A checkpoint directory cannot be used."""
