@@ -6,10 +6,11 @@
     │   └── TextError           the clinical text
     ├── EngineError             the engine directory
     │   ├── ManifestError       manifest.json is missing, malformed or of another version
-    │   └── IntegrityError      a file is missing, altered, surplus, a link, or outside the directory
-    ├── BackendError            the runtime below
+    │   └── IntegrityError      a file is missing, altered, surplus, a link, or outside the
+    directory ├── BackendError            the runtime below
     │   ├── BackendUnavailableError   not installed, or no such device
     │   └── BackendRunError     it failed while loading or running a block
+    ├── MissingExtraError       a command or class needs an extra that is not installed
     ├── DataError               a data set (names row and column)
     └── CheckpointError         a training checkpoint
 
@@ -55,6 +56,10 @@ class BackendUnavailableError(BackendError):
 
 class BackendRunError(BackendError):
     """A block failed to load or to run."""
+
+
+class MissingExtraError(MDFError, ImportError):
+    """A package that an extra brings is not installed."""
 
 
 class DataError(MDFError, ValueError):

@@ -1,16 +1,42 @@
 """The engine directory's manifest: what the engine is, and a SHA-256 for every file in it.
 
-The reader owns the format: export fills these dataclasses and calls `save_manifest` as its last act.
+The reader owns the format: export fills these dataclasses and calls `save_manifest` as its last
+    act.
 """
 
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import types
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+from mdf_sdk.errors import EngineError, IntegrityError, ManifestError
 
 MANIFEST_NAME = "manifest.json"
+EMBEDDINGS_NAME = "embeddings.npy"
+TOKENIZER_NAME = "tokenizer.json"
+GOLDEN_NAME = "golden.npz"
+FORMAT_NAME = "mdf-engine"
 FORMAT_VERSION = 1
 
 Precision = Literal["fp32", "fp16", "int4"]
 BLOCKS = ("vision", "unet_encoder", "fusion", "decoder", "unet_decoder")
+
+_MAX_MANIFEST_BYTES = 4_000_000  # one of 40 layers has some 30 kB
+_MAX_SIDE_PX = 4096
+_DTYPES = ("float16", "float32", "int64", "bool")
+# No "..", no leading "/", no drive letter, no backslash, no control character, the same on every
+# system.
+_SAFE_PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+_REEXPORT = "Export it again: mdf export CHECKPOINT ENGINE"
 
 
 @dataclass(frozen=True)
@@ -52,7 +78,7 @@ class PromptSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, numpy dtype name and shape of a block's input or output; a str in the shape is a free dimension."""
+    """Name, numpy dtype and shape of an input or output; a str in the shape is a free dimension."""
 
     name: str
     dtype: str
@@ -108,3 +134,267 @@ class Manifest:
     created: str
     checkpoint: str
     built_with: dict[str, str]
+
+
+def load_manifest(engine_dir: str | os.PathLike[str]) -> Manifest:
+    """Read and check manifest.json; opens no other file.
+
+    Raises:
+        EngineError: there is no such directory.
+        ManifestError: the manifest is missing, malformed, or of another version. Names the field.
+    """
+    directory = Path(engine_dir)
+    if not directory.is_dir():
+        raise EngineError(
+            f"engine {directory}: found no such directory, expected one that "
+            "`mdf export CHECKPOINT ENGINE` made"
+        )
+    document = _parse(_read_bytes(directory / MANIFEST_NAME))
+    if not isinstance(document, dict) or document.pop("format", None) != FORMAT_NAME:
+        raise _wrong("format", "another document", f'an object with "format": "{FORMAT_NAME}"')
+    version = document.pop("version", None)
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ManifestError(
+            f"{MANIFEST_NAME}: found version {version!r}, expected {FORMAT_VERSION}. Export the "
+            "checkpoint again with this release (mdf export CHECKPOINT ENGINE), or install the "
+            f"release of mdf-mllm that wrote it: {str(document.get('built_with', 'unknown'))[:200]}"
+        )
+    manifest: Manifest = _to_value(document, Manifest, "")
+    _check_values(manifest)
+    return manifest
+
+
+def save_manifest(manifest: Manifest, engine_dir: str | os.PathLike[str]) -> None:
+    """Write manifest.json, whole or not at all: the last act of an export.
+
+    Raises:
+        ManifestError: a value that `load_manifest` would refuse.
+    """
+    _check_values(manifest)
+    document = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
+    path = Path(engine_dir) / MANIFEST_NAME
+    unfinished = path.with_suffix(".part")
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def check_files(engine_dir: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Check that the directory holds the manifest's files, bit for bit, and nothing else.
+
+    Reads every byte once and parses none of them.
+
+    Raises:
+        IntegrityError: a file is missing, altered, surplus, a link, or outside the directory.
+    """
+    directory = Path(engine_dir)
+    for name in manifest.files:
+        if not _SAFE_PATH.fullmatch(name):
+            raise IntegrityError(
+                f"{MANIFEST_NAME}: found the path {name!r}, expected a plain relative path inside "
+                f"the engine directory. Do not use this engine. {_REEXPORT}"
+            )
+    try:
+        found = dict(_walk(directory, directory))
+        for name, status in found.items():
+            if not stat.S_ISREG(status.st_mode):
+                kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "a special file"
+                raise _damaged(name, kind, "a regular file")
+        for name in found.keys() - manifest.files.keys() - {MANIFEST_NAME}:
+            raise _damaged(
+                name, "a file that the manifest does not list", "none", cure="Remove it. "
+            )
+        for name, entry in manifest.files.items():
+            if name not in found:
+                raise _damaged(name, "no such file", f"{entry.bytes} bytes")
+            if found[name].st_size != entry.bytes:
+                raise _damaged(name, f"{found[name].st_size} bytes", f"{entry.bytes} bytes")
+        for name, entry in manifest.files.items():
+            actual = digest(directory / name)
+            if actual != entry:
+                raise _damaged(name, f"SHA-256 {actual.sha256}", entry.sha256)
+    except OSError as error:
+        raise IntegrityError(
+            f"engine {directory}: found an unreadable file ({error.strerror}), expected all to be "
+            "readable. Check the permissions and the disk"
+        ) from error
+
+
+def digest(path: Path) -> FileEntry:
+    """Hash a file as a stream; the size is that of the bytes hashed."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(sha256, file.tell())
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ManifestError(
+                f"{path}: found a link or special file, expected a regular file. {_REEXPORT}"
+            )
+        with path.open("rb") as file:
+            data = file.read(_MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(
+            f"{path}: could not be read ({error.strerror}). An engine directory has one: an "
+            f"interrupted export or copy leaves none. {_REEXPORT}"
+        ) from error
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise ManifestError(
+            f"{path}: found more than {_MAX_MANIFEST_BYTES} bytes, expected fewer. {_REEXPORT}"
+        )
+    return data
+
+
+def _parse(data: bytes) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        document = dict(pairs)
+        if len(document) != len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return document
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(
+            f"{MANIFEST_NAME}: found invalid JSON ({error}), expected one object. {_REEXPORT}"
+        ) from error
+
+
+def _to_value(found: Any, expected: Any, where: str) -> Any:
+    """Turn parsed JSON into a value of the type `expected`, or name the field that does not fit."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if dataclasses.is_dataclass(expected):
+        names = [field.name for field in dataclasses.fields(expected)]
+        hints = typing.get_type_hints(expected)
+        if not isinstance(found, dict):
+            raise _wrong(where, _kind(found), "an object")
+        for name in found.keys() - set(names):
+            raise _wrong(_join(where, name), "an unknown field", "none")
+        for name in names:
+            if name not in found:
+                raise _wrong(_join(where, name), "no such field", "it")
+        values = {name: _to_value(found[name], hints[name], _join(where, name)) for name in names}
+        return typing.cast(type, expected)(**values)
+    if origin is dict:
+        if not isinstance(found, dict):
+            raise _wrong(where, _kind(found), "an object")
+        key_type, value_type = arguments
+        return {
+            _to_value(key, key_type, where): _to_value(value, value_type, _join(where, key))
+            for key, value in found.items()
+        }
+    if origin is tuple:
+        if not isinstance(found, list):
+            raise _wrong(where, _kind(found), "an array")
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(found)
+        if len(found) != len(arguments):
+            raise _wrong(where, f"{len(found)} values", str(len(arguments)))
+        pairs = enumerate(zip(found, arguments, strict=True))
+        return tuple(_to_value(value, kind, f"{where}[{i}]") for i, (value, kind) in pairs)
+    if origin is Literal:
+        if found not in arguments:
+            raise _wrong(where, repr(found)[:50], " or ".join(arguments))
+        return found
+    allowed = arguments if origin is types.UnionType else (expected,)
+    if float in allowed and type(found) is int and abs(found) < 2**53:
+        return float(found)
+    if type(found) not in allowed:
+        raise _wrong(where, _kind(found), " or ".join(kind.__name__ for kind in allowed))
+    if isinstance(found, float) and not math.isfinite(found):
+        raise _wrong(where, str(found), "a finite number")
+    if isinstance(found, str) and any("\ud800" <= character <= "\udfff" for character in found):
+        raise _wrong(where, "half a surrogate pair", "Unicode text")
+    return found
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Check what the types cannot say."""
+
+    def need(holds: bool, where: str, found: object, expected: str) -> None:
+        if not holds:
+            raise _wrong(where, repr(found)[:100], expected)
+
+    for where in ("labels", "mask_kinds"):
+        names = getattr(manifest, where)
+        need(
+            len(set(names)) == len(names) and all(names), where, names, "distinct, non-empty names"
+        )
+    need(len(manifest.labels) >= 2, "labels", manifest.labels, "at least two")
+    temperature, image, prompt = manifest.temperature, manifest.image, manifest.prompt
+    need(
+        math.isfinite(temperature) and temperature > 0,
+        "temperature",
+        temperature,
+        "a finite number > 0",
+    )
+    for where in ("tower_px", "unet_px"):
+        side = getattr(image, where)
+        need(1 <= side <= _MAX_SIDE_PX, f"image.{where}", side, f"1 to {_MAX_SIDE_PX}")
+    for where in ("tower_std", "unet_std"):
+        need(min(getattr(image, where)) > 0, f"image.{where}", getattr(image, where), "numbers > 0")
+    tokens = prompt.max_text_tokens
+    need(tokens >= 1, "prompt.max_text_tokens", tokens, "at least 1")
+
+    blocks = tuple(manifest.blocks)
+    need(sorted(blocks) == sorted(BLOCKS), "blocks", blocks, f"exactly {', '.join(BLOCKS)}")
+    for name, block in manifest.blocks.items():
+        need(
+            block.file in manifest.files,
+            f"blocks.{name}.file",
+            block.file,
+            "a name listed in files",
+        )
+        for kind in ("inputs", "outputs"):
+            tensors: tuple[TensorSpec, ...] = getattr(block, kind)
+            where = f"blocks.{name}.{kind}"
+            names = [tensor.name for tensor in tensors]
+            need(0 < len(set(names)) == len(names), where, names, "distinct names")
+            for tensor in tensors:
+                need(tensor.dtype in _DTYPES, where, tensor.dtype, f"a dtype among {_DTYPES}")
+    for name in (EMBEDDINGS_NAME, TOKENIZER_NAME, GOLDEN_NAME):
+        need(name in manifest.files, "files", f"no {name}", "it listed")
+    need(MANIFEST_NAME not in manifest.files, "files", MANIFEST_NAME, "every file but the manifest")
+    for name, entry in manifest.files.items():
+        hexadecimal = re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None
+        need(hexadecimal, f"files.{name}.sha256", entry.sha256, "64 lower-case hex digits")
+        need(entry.bytes >= 0, f"files.{name}.bytes", entry.bytes, "a size")
+
+
+def _walk(directory: Path, root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield (POSIX path below root, status) of everything that is no directory; follows no link."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(Path(entry.path), root)
+            else:
+                yield (
+                    Path(entry.path).relative_to(root).as_posix(),
+                    entry.stat(follow_symlinks=False),
+                )
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _kind(found: object) -> str:
+    return f"{type(found).__name__} {str(found)[:50]!r}"
+
+
+def _wrong(where: str, found: str, expected: str) -> ManifestError:
+    return ManifestError(
+        f"{MANIFEST_NAME}, {where}: found {found}, expected {expected}. {_REEXPORT}"
+    )
+
+
+def _damaged(name: str, found: str, expected: str, cure: str = "") -> IntegrityError:
+    return IntegrityError(
+        f"{name}: found {found}, expected {expected}. {cure}Copy the engine again or export it "
+        "again: mdf export CHECKPOINT ENGINE"
+    )

@@ -4,10 +4,12 @@ Layout of a packed row, the same in training and in an engine (T = P + body + M,
 
     [ prefix (P) | padding | <|image|> text suffix | labels (M) ]
 
-The prefix (instruction) stands before the image, so its keys and values do not depend on the case: an engine
-carries them as constants and is fed the rows from P on. Every label sees the prefix, the body and its own
-earlier tokens, and starts at the position after the body, so one prefill scores each label exactly as a
-forward of its own would.
+The prefix (instruction) stands before the image, so its keys and values do not depend on the case:
+an engine carries them as constants and is fed the rows from P on. Every label sees the prefix, the
+body and
+its own earlier tokens, and starts at the position after the body, so one prefill scores each label
+exactly
+as a forward of its own would.
 """
 
 import unicodedata
@@ -37,7 +39,8 @@ class PackedPrompt:
     Attributes:
         input_ids: int64 (B, T).
         position_ids: int64 (B, T); padding holds 0.
-        attention_mask: bool (B, T, T), True where the row may read the column. A padding row reads itself.
+        attention_mask: bool (B, T, T), True where the row may read the column. A padding row reads
+            itself.
         body_mask: bool (B, T), True on the case's own tokens: image, text and suffix.
         prefix_length: P.
     """
@@ -75,7 +78,8 @@ class PromptEncoder:
     def encode(self, text: str) -> EncodedText:
         """Tokenize one clinical text; special tokens in it are plain characters.
 
-        The text is NFC-normalized and stripped. Ids beyond `spec.max_text_tokens` are cut off its end and counted.
+        The text is NFC-normalized and stripped. Ids beyond `spec.max_text_tokens` are cut off its
+        end and counted.
 
         Raises:
             TextError: not a string, empty, or not encodable as UTF-8.
@@ -92,7 +96,7 @@ class PromptEncoder:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise TextError(
-                f"clinical text: found a lone surrogate at character {error.start}, expected Unicode text. "
+                f"clinical text: found a lone surrogate at {error.start}, expected Unicode. "
                 "Decode the source with its true encoding."
             ) from None
         ids = self._text.encode(text, add_special_tokens=False).ids
@@ -136,9 +140,11 @@ class PromptEncoder:
     def score_pairs(self) -> list[list[tuple[int, int]]]:
         """For each label, the (row, column) pairs of the label logits whose sum is its score.
 
-        Rows count from the last body token (row 0; rows 1 to M are the fed label tokens); columns index
-        `label_vocabulary`. The score of a label is the sum of log_softmax(logits over label_vocabulary) at its
-        pairs: the log-probability of its whole token sequence, end token included, among the tokens that the
+        Rows count from the last body token (row 0; rows 1 to M are the fed label tokens); columns
+        index `label_vocabulary`. The score of a label is the sum of log_softmax(logits over
+        label_vocabulary) at its
+        pairs: the log-probability of its whole token sequence, end token included, among the tokens
+            that the
         label set is made of.
         """
         column = {token: i for i, token in enumerate(self.label_vocabulary)}
@@ -155,5 +161,7 @@ class PromptEncoder:
     def _special(self, token: str) -> int:
         token_id = self._template.token_to_id(token)
         if token_id is None:
-            raise TextError(f"tokenizer.json: found no token {token!r}, expected it as a special token")
+            raise TextError(
+                f"tokenizer.json: found no token {token!r}, expected it as a special token"
+            )
         return int(token_id)

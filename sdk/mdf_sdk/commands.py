@@ -1,0 +1,120 @@
+"""The commands `mdf predict`, `mdf info` and `mdf verify`."""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+# The commands' own needs load when one runs, so that `mdf --help` stays quick.
+if TYPE_CHECKING:
+    from mdf_sdk.manifest import Manifest
+
+Subparsers = Any  # argparse has no public name for what add_subparsers returns
+
+
+def add_predict(subparsers: Subparsers) -> None:
+    """Register `mdf predict`."""
+    parser = subparsers.add_parser("predict", help="classify a photograph with its clinical text")
+    parser.add_argument("engine", metavar="ENGINE", help="an engine directory")
+    parser.add_argument("image", metavar="IMAGE", help="a picture file")
+    parser.add_argument("--text", required=True, metavar="T", help="the clinical text")
+    parser.add_argument("--mask", action="store_true", help="also segment the photograph")
+    parser.add_argument("--evidence", action="store_true", help="also map what spoke for the label")
+    parser.add_argument(
+        "--picture", metavar="OUT", help="save photograph, mask and evidence side by side"
+    )
+    _add_device_and_json(parser)
+    parser.set_defaults(run=_predict)
+
+
+def add_info(subparsers: Subparsers) -> None:
+    """Register `mdf info`."""
+    parser = subparsers.add_parser("info", help="say what an engine is")
+    parser.add_argument("engine", metavar="ENGINE", help="an engine directory")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON document as the last line"
+    )
+    parser.set_defaults(run=_info)
+
+
+def add_verify(subparsers: Subparsers) -> None:
+    """Register `mdf verify`."""
+    parser = subparsers.add_parser(
+        "verify", help="check an engine's files and its numbers on this machine"
+    )
+    parser.add_argument("engine", metavar="ENGINE", help="an engine directory")
+    _add_device_and_json(parser)
+    parser.set_defaults(run=_verify)
+
+
+def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="D", help='"auto" or "cpu"')
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON document as the last line"
+    )
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from mdf_sdk.classifier import MDFClassifier
+    from mdf_sdk.picture import check_picture_path, save_picture
+
+    wants_picture = args.picture is not None
+    if wants_picture:
+        check_picture_path(args.picture)
+    with MDFClassifier(args.engine, device=args.device) as classifier:
+        prediction = classifier.predict(
+            args.image,
+            args.text,
+            mask=args.mask or wants_picture,
+            evidence=args.evidence or wants_picture,
+        )
+    print(prediction)
+    if wants_picture:
+        save_picture(args.picture, args.image, prediction)
+        print(f"  picture {args.picture}")
+    if args.json:
+        _print_json(prediction.to_dict())
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from mdf_sdk.manifest import load_manifest
+
+    manifest = load_manifest(args.engine)
+    print(_describe(args.engine, manifest))
+    if args.json:
+        _print_json(asdict(manifest))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from mdf_sdk.verify import verify_engine
+
+    report = verify_engine(args.engine, args.device)
+    print(report)
+    if args.json:
+        _print_json(report.to_dict())
+    return 0 if report.ok else 1
+
+
+def _describe(engine_dir: str, manifest: "Manifest") -> str:
+    megabytes = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    precisions = ", ".join(f"{name} {block.precision}" for name, block in manifest.blocks.items())
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.built_with.items())
+    lines = [
+        f"{engine_dir}: {manifest.model} {manifest.precision}, {megabytes:.1f} MB",
+        f"  labels      {', '.join(manifest.labels)} (temperature {manifest.temperature:g})",
+        f"  masks       {', '.join(manifest.mask_kinds) or 'none'}",
+        f"  blocks      {precisions}",
+        f"  pixels      {manifest.image.tower_px} tower, {manifest.image.unet_px} U-Net",
+        f"  text        at most {manifest.prompt.max_text_tokens} tokens",
+        f"  created     {manifest.created} with {versions}",
+        f"  checkpoint  {manifest.checkpoint}",
+    ]
+    if manifest.notice:
+        lines.append(f"  notice      {manifest.notice}")
+    return "\n".join(lines)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, allow_nan=False))

@@ -1,0 +1,71 @@
+"""Session fixtures: one tiny real checkpoint, and the real engine made from it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo_engine() -> Path:
+    """The engine that the repository ships."""
+    return ROOT / "examples" / "demo_engine"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A nano checkpoint with random weights, in which every gate is open."""
+    import torch
+
+    from mdf_training.checkpoint import Checkpoint, save_checkpoint
+    from mdf_training.config import load_preset
+    from mdf_training.model import build_model
+    from mdf_training.tokenizer import load_tokenizer
+
+    torch.manual_seed(0)
+    model = build_model("nano").eval()
+    open_gates(model)
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    provenance = {"notice": "Random weights, for tests.", "history": []}
+    save_checkpoint(folder, Checkpoint(model, load_tokenizer(load_preset("nano")), provenance))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint exported in fp32."""
+    from mdf_export import build_engine
+
+    engine = tmp_path_factory.mktemp("engines") / "tiny"
+    build_engine(tiny_checkpoint, engine, "fp32")
+    return engine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _torch_threads() -> Iterator[None]:
+    """Two threads fighting over a shared core wait for each other; the models here are tiny."""
+    try:
+        import torch
+    except ModuleNotFoundError:  # the bare wheel's run
+        yield
+        return
+    torch.set_num_threads(1)
+    yield
+
+
+def open_gates(model: "object") -> None:
+    """Open every gate, and give what starts at a constant random values, in place."""
+    import torch
+    from torch import nn
+
+    assert isinstance(model, nn.Module)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.numel() == 1:
+                parameter.fill_(0.7)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "film" in name or "tile" in name:
+                parameter.normal_(std=0.1)

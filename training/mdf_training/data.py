@@ -1,0 +1,323 @@
+"""The data set format: a folder with labels.csv or a `synthetic:COUNT:SEED` spec in, cases out."""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from mdf_sdk.errors import DataError
+
+COLUMNS = ("file", "label", "text", "mask", "patient_id", "source")
+MAX_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a case without reading its picture."""
+
+    file: str
+    label: str
+    text: str
+    patient_id: str
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Case(Row):
+    """A row with its picture.
+
+    Args:
+        image: uint8 (H, W, 3), RGB, 0 to 255.
+        masks: kind -> bool (H, W). A kind that is absent was not annotated; it is not empty.
+    """
+
+    image: NDArray[np.uint8]
+    masks: Mapping[str, NDArray[np.bool_]]
+
+
+class DataSet(Protocol):
+    """Cases in a fixed order; `rows` costs nothing, `data[i]` reads or renders the picture."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The distinct labels, sorted."""
+
+    @property
+    def mask_kinds(self) -> tuple[str, ...]:
+        """Every kind of mask that some case has."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """One row for every case, in the order of the cases."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Case: ...
+
+
+class FolderData:
+    """A folder with labels.csv, pictures and masks; checked as a whole when it is opened."""
+
+    def __init__(self, folder: str | Path, labels: Iterable[str] | None = None) -> None:
+        """Open `folder`.
+
+        Args:
+            labels: the labels that may occur; any label may when left out.
+
+        Raises:
+            DataError: the folder breaks the format (see `check_data`).
+        """
+        self.folder = Path(folder)
+        check_data(self.folder, labels)
+        table = list(_read_table(self.folder))
+        self._row_numbers = [number for number, _ in table]
+        self._mask_files = [_parse_masks(cells["mask"]) for _, cells in table]
+        self.rows = tuple(
+            Row(**{name: value for name, value in cells.items() if name != "mask"})
+            for _, cells in table
+        )
+        self.labels = tuple(sorted({row.label for row in self.rows}))
+        self.mask_kinds = tuple(dict.fromkeys(kind for files in self._mask_files for kind in files))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Case:
+        row = self.rows[index]
+        where = f"{self.folder / 'labels.csv'}, row {self._row_numbers[index]}"
+        image = _read_picture(self.folder / row.file, f"{where}, column file")
+        masks = {}
+        for kind, name in self._mask_files[index].items():
+            mask = _read_mask(self.folder / name, f"{where}, column mask")
+            if mask.shape != image.shape[:2]:
+                raise DataError(
+                    f"{where}, column mask: {name} is {_size(mask)} px,"
+                    f" expected the size of its picture {row.file}, {_size(image)} px"
+                )
+            masks[kind] = mask
+        return Case(**asdict(row), image=image, masks=masks)
+
+
+def open_data(spec: str) -> DataSet:
+    """Open the folder `spec`, or render `synthetic:COUNT:SEED`."""
+    if not spec.startswith("synthetic:"):
+        return FolderData(spec)
+    from mdf_training.synthetic import SyntheticData  # it imports this module
+
+    match = re.fullmatch(r"synthetic:(\d+):(\d+)", spec, re.ASCII)
+    if match is None:
+        raise DataError(f"found {spec!r}, expected synthetic:COUNT:SEED such as synthetic:1000:0")
+    return SyntheticData(count=int(match[1]), seed=int(match[2]))
+
+
+def check_data(folder: str | Path, labels: Iterable[str] | None = None) -> None:
+    """Check labels.csv and that every file it names is there; pictures are not decoded.
+
+    Args:
+        labels: the labels that may occur; any label may when left out.
+
+    Raises:
+        DataError: all problems in one message, each with its row as a spreadsheet counts it
+            (the header is row 1), its column, what was found and what was expected.
+    """
+    folder = Path(folder)
+    allowed = None if labels is None else set(labels)
+    problems: list[str] = []
+    first_row: dict[Path, int] = {}
+    number = 1
+    for number, cells in _read_table(folder):
+        problems += [
+            f"row {number}, column {column}: {problem}"
+            for column, problem in _problems(folder, cells, allowed)
+        ]
+        path = (folder / cells["file"]).resolve()
+        if cells["file"] and first_row.setdefault(path, number) != number:
+            problems.append(
+                f"row {number}, column file: {cells['file']!r} is already in row"
+                f" {first_row[path]}, expected every picture once"
+            )
+    if number == 1:
+        problems.append("no rows below the header, expected one row for every picture")
+    if problems:
+        shown = problems[:MAX_PROBLEMS_SHOWN]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise DataError("\n  ".join([f"{folder / 'labels.csv'} breaks the format:", *shown]))
+
+
+def save_data(data: DataSet, folder: str | Path) -> None:
+    """Write `data` as a folder that `FolderData` opens; labels.csv comes last.
+
+    Pictures and masks become numbered PNG files, so only `Row.file` may change.
+
+    Raises:
+        DataError: the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DataError(f"{folder} is not an empty folder, expected a new one: choose another name")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "masks").mkdir()
+    table = []
+    for index in range(len(data)):
+        case = data[index]
+        file = f"images/{index:05d}.png"
+        mask_files = {kind: f"masks/{index:05d}-{kind}.png" for kind in case.masks}
+        Image.fromarray(case.image).save(folder / file)
+        for kind, name in mask_files.items():
+            Image.fromarray(case.masks[kind]).save(folder / name)
+        masks = ";".join(f"{kind}:{name}" for kind, name in mask_files.items())
+        table.append([file, case.label, case.text, masks, case.patient_id, case.source])
+    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([COLUMNS, *table])
+
+
+def split_by_patient(data: DataSet, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split so that no patient is on both sides and every label keeps about its share.
+
+    Args:
+        fraction: share of the patients of every label that is held out, between 0 and 1. A label
+            with two patients or more always has one on either side.
+
+    Returns:
+        The sorted indices to train on, and those held out.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"found fraction {fraction}, expected a number between 0 and 1")
+    labels_of: dict[str, set[str]] = {}
+    for row in data.rows:
+        labels_of.setdefault(row.patient_id, set()).add(row.label)
+    strata: dict[tuple[str, ...], list[str]] = {}
+    for patient, labels in sorted(labels_of.items()):
+        strata.setdefault(tuple(sorted(labels)), []).append(patient)
+
+    rng = np.random.default_rng(seed)
+    held_out: set[str] = set()
+    for _, patients in sorted(strata.items()):
+        order = rng.permutation(len(patients))
+        count = max(round(fraction * len(patients)), 1)
+        held_out |= {patients[i] for i in order[: min(count, len(patients) - 1)]}
+    held = [i for i, row in enumerate(data.rows) if row.patient_id in held_out]
+    train = [i for i, row in enumerate(data.rows) if row.patient_id not in held_out]
+    return train, held
+
+
+def _read_table(folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the spreadsheet's row number and column -> cell of every row that is not blank."""
+    path = folder / "labels.csv"
+    if not path.is_file():
+        raise DataError(f"{path} is missing, expected a table with columns {', '.join(COLUMNS)}")
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            _check_header(path, header)
+            for number, cells in enumerate(reader, start=2):
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{path}, row {number}: {len(cells)} cells, expected {len(header)};"
+                        " put a text that holds a comma in double quotes"
+                    )
+                values = (cell.strip() for cell in cells)
+                yield number, dict(zip(header, values, strict=True))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 ({error}): save it as CSV UTF-8") from error
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not a CSV table ({error})") from error
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    wrong = [
+        f"{problem} {', '.join(repr(name) for name in names)}"
+        for problem, names in (
+            ("missing", [name for name in COLUMNS if name not in header]),
+            ("unknown", [name for name in header if name not in COLUMNS]),
+            ("repeated", sorted({name for name in header if header.count(name) > 1})),
+        )
+        if names
+    ]
+    if wrong:
+        raise DataError(
+            f"{path}, row 1: columns {'; '.join(wrong)}; expected exactly {', '.join(COLUMNS)}"
+        )
+
+
+def _problems(
+    folder: Path, cells: Mapping[str, str], labels: set[str] | None
+) -> Iterator[tuple[str, str]]:
+    """Yield (column, problem) for every breach of the format in one row."""
+    for column in COLUMNS:
+        if column != "mask" and not cells[column]:
+            yield column, "empty, expected a value"
+    if labels is not None and cells["label"] and cells["label"] not in labels:
+        yield "label", f"found {cells['label']!r}, expected one of {', '.join(sorted(labels))}"
+    if cells["file"] and (problem := _file_problem(folder, cells["file"])):
+        yield "file", problem
+    try:
+        mask_files = _parse_masks(cells["mask"])
+    except ValueError as error:
+        yield "mask", str(error)
+        return
+    for name in mask_files.values():
+        if problem := _file_problem(folder, name):
+            yield "mask", problem
+
+
+def _file_problem(folder: Path, name: str) -> str | None:
+    pure = PureWindowsPath(name)  # knows both separators and drive letters
+    path = folder / name
+    outside = pure.anchor or ".." in pure.parts
+    if outside or not path.resolve().is_relative_to(folder.resolve()):
+        return f"{name!r} leads out of the folder, expected a path relative to it"
+    return None if path.is_file() else f"{name!r} is missing, expected a file in {folder}"
+
+
+def _parse_masks(cell: str) -> dict[str, str]:
+    """Turn `KIND:PATH;KIND:PATH` into kind -> path."""
+    masks: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in cell.split(";"))):
+        match = re.fullmatch(r"([a-z][a-z0-9_]*):\s*(\S.*\.png)", part, re.IGNORECASE)
+        if match is None:
+            raise ValueError(f"found {part!r}, expected KIND:PATH such as vessel:masks/1.png")
+        if match[1] in masks:
+            raise ValueError(f"found kind {match[1]!r} twice, expected one mask of a kind")
+        masks[match[1]] = match[2]
+    return masks
+
+
+def _read_picture(path: Path, where: str) -> NDArray[np.uint8]:
+    """Read a picture upright: uint8 (H, W, 3), RGB, 0 to 255."""
+    picture = _open_image(path, where)
+    if picture.mode.startswith(("I", "F")):
+        raise DataError(f"{where}: {path} has mode {picture.mode}, expected 8 bits a channel")
+    return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+
+
+def _read_mask(path: Path, where: str) -> NDArray[np.bool_]:
+    """Read a mask: bool (H, W), True where any channel but alpha is not zero."""
+    picture = _open_image(path, where)
+    values = np.atleast_3d(np.array(picture))
+    colors = values[..., :-1] if picture.mode in ("LA", "RGBA") else values
+    mask: NDArray[np.bool_] = np.any(colors != 0, axis=-1)
+    return mask
+
+
+def _open_image(path: Path, where: str) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: {path} cannot be read ({error}), expected a picture") from error
+
+
+def _size(array: NDArray[np.generic]) -> str:
+    return f"{array.shape[1]} x {array.shape[0]}"

@@ -1,0 +1,51 @@
+"""How each preset trains, unless told otherwise."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run trains. What the paper leaves open is a field here, with the reason for its
+    default.
+
+    Attributes:
+        epochs: passes over the training cases.
+        batch_size: cases per step.
+        unet_lr, fusion_lr, backbone_lr: peak learning rates. A U-Net and fusion blocks from scratch
+            learn faster than a language model forgets.
+        weight_decay: of AdamW, on matrices alone.
+        warmup: share of the steps in which the learning rates rise; then they fall as a cosine to
+            zero.
+        max_grad_norm: gradients are clipped to it.
+        mask_weight: of the segmentation loss (Dice + binary cross-entropy) beside the label loss.
+        drop_text, drop_image: share of the cases whose text becomes NEUTRAL_TEXT, or whose picture
+            goes black, so that neither half is leant on alone and both controls are ones the model
+            was trained
+            for.
+        validation: share of the patients held out, for the epoch's report and the temperature.
+        seed: of weights, order, split and augmentation.
+    """
+
+    epochs: int = 10
+    batch_size: int = 32
+    unet_lr: float = 2e-3
+    fusion_lr: float = 1e-3
+    backbone_lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    mask_weight: float = 0.5
+    drop_text: float = 0.1
+    drop_image: float = 0.05
+    validation: float = 0.1
+    seed: int = 0
+
+
+# Pretrained language weights want a gentler hand than random ones.
+RECIPES = {
+    "nano": Recipe(),
+    "smol-135m": Recipe(epochs=20, batch_size=16, backbone_lr=2e-4),
+    "llama-3.2-11b": Recipe(
+        epochs=20, batch_size=8, unet_lr=1e-3, fusion_lr=1e-4, backbone_lr=1e-5
+    ),
+}

@@ -1,0 +1,311 @@
+"""A preset and a data set in, a trained checkpoint directory out."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mdf_sdk.errors import CheckpointError, InputError
+from mdf_sdk.prompt import PromptEncoder
+from mdf_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mdf_training.checkpoint_scorer import CheckpointScorer
+from mdf_training.config import load_preset
+from mdf_training.data import open_data, split_by_patient
+from mdf_training.evaluation import BATCH_SIZE, check_labels
+from mdf_training.model import MDFModel, PromptTensors, build_model
+from mdf_training.pixels import CasePixels, PixelSet, batches, blank_pixels
+from mdf_training.recipes import RECIPES, Recipe
+from mdf_training.synthetic import NEUTRAL_TEXT
+from mdf_training.tokenizer import load_tokenizer
+
+NOTICE = "Not for clinical use."
+OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+
+
+def train(
+    preset: str,
+    data: str,
+    out: Path,
+    *,
+    recipe: Recipe | None = None,
+    resume: bool = False,
+    tokenizer_json: str | None = None,
+    notice: str = NOTICE,
+) -> dict[str, Any]:
+    """Train a fused model, saving the checkpoint after every epoch.
+
+    Args:
+        preset: "nano", "smol-135m" or "llama-3.2-11b".
+        data: a folder with labels.csv, or "synthetic:COUNT:SEED".
+        out: checkpoint directory; new, unless `resume`.
+        recipe: the preset's own when left out.
+        resume: go on after the last epoch saved in `out`; same preset, data and recipe.
+        tokenizer_json: for a preset whose tokenizer no package carries.
+        notice: goes with the checkpoint and every engine made of it.
+
+    Returns:
+        The provenance written beside the weights: data, recipe, versions and the history of the
+            epochs.
+
+    Raises:
+        DataError, CheckpointError: what was given cannot be used.
+    """
+    recipe = recipe or RECIPES[load_preset(preset).preset]
+    run = {"preset": preset, "data": data, "recipe": dataclasses.asdict(recipe)}
+    if resume:
+        _check_same_run(out, run)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out}: found something there, expected a new directory. "
+            "Go on with it by --resume, or choose another name."
+        )
+    config = load_preset(preset)
+    cases = open_data(data)
+    check_labels(cases, config.labels)
+    train_on, held_out = split_by_patient(cases, recipe.validation, recipe.seed)
+    pixels = PixelSet(cases, config.image, config.mask_kinds)
+
+    torch.manual_seed(recipe.seed)
+    if resume:
+        checkpoint = load_checkpoint(out)
+        model, tokenizer = checkpoint.model, checkpoint.tokenizer_json
+        history = list(checkpoint.provenance["history"])
+    else:
+        model, tokenizer, history = (
+            build_model(config),
+            tokenizer_json or load_tokenizer(config),
+            [],
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = PromptEncoder(tokenizer, config.prompt, config.labels)
+    optimizer = build_optimizer(model, recipe)
+    if resume:
+        _load_optimizer(optimizer, out / OPTIMIZER)
+    steps = -(-len(train_on) // recipe.batch_size)
+    trainer = _Trainer(model, encoder, pixels, recipe, optimizer, total_steps=steps * recipe.epochs)
+
+    provenance: dict[str, Any] = {}
+    for epoch in range(len(history), recipe.epochs):
+        label_loss, mask_loss = trainer.run_epoch(epoch, train_on)
+        scores, truth = trainer.score(held_out)
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "label_loss": label_loss,
+                "mask_loss": mask_loss,
+                "validation_loss": float(F.cross_entropy(scores, truth)),
+                "validation_accuracy": float((scores.argmax(1) == truth).float().mean()),
+            }
+        )
+        tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in history[-1].items()))
+        last = epoch + 1 == recipe.epochs
+        if last:
+            model.config = dataclasses.replace(config, temperature=fit_temperature(scores, truth))
+        provenance = {
+            **run,
+            "notice": notice,
+            "training_cases": len(train_on),
+            "validation_cases": len(held_out),
+            "history": history,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "built_with": {
+                name: metadata.version(name)
+                for name in ("mdf-mllm", "torch", "transformers", "segmentation-models-pytorch")
+            },
+        }
+        # A finished run needs no optimizer; an unfinished one goes on from it.
+        extra = (
+            {}
+            if last
+            else {OPTIMIZER: _optimizer_bytes(optimizer), TRAINER: json.dumps(run).encode()}
+        )
+        save_checkpoint(out, Checkpoint(model, tokenizer, provenance), extra=extra)
+    return provenance
+
+
+def build_optimizer(model: MDFModel, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with a learning rate for each part, and no decay on vectors and gates."""
+    parts: list[tuple[float, list[nn.Module]]] = [
+        (recipe.unet_lr, [model.unet]),
+        (recipe.fusion_lr, [model.fusion, model.film]),
+        (recipe.backbone_lr, [model.backbone]),
+    ]
+    groups = []
+    for lr, modules in parts:
+        parameters = [p for module in modules for p in module.parameters()]
+        for decay, chosen in (
+            (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
+            (0.0, [p for p in parameters if p.ndim <= 1]),
+        ):
+            groups.append({"params": chosen, "lr": lr, "peak_lr": lr, "weight_decay": decay})
+    return torch.optim.AdamW(groups)
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor, has_mask: Tensor) -> Tensor:
+    """Dice + binary cross-entropy, over the annotated channels alone.
+
+    Args:
+        logits, masks: float (B, M, U, U).
+        has_mask: float (B, M); a channel that was not annotated counts for nothing.
+    """
+    bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean(dim=(2, 3))
+    probabilities = logits.sigmoid()
+    overlap = (probabilities * masks).sum(dim=(2, 3))
+    dice = 1 - (2 * overlap + 1) / (probabilities.sum(dim=(2, 3)) + masks.sum(dim=(2, 3)) + 1)
+    return ((bce + dice) * has_mask).sum() / has_mask.sum().clamp(min=1)
+
+
+def fit_temperature(scores: Tensor, truth: Tensor) -> float:
+    """Find the temperature in [0.05, 20] that minimizes the negative log-likelihood (Guo et al.,
+    2017).
+
+    Args:
+        scores: float (N, K) of held-out cases.
+        truth: int64 (N,).
+    """
+    # The loss is convex in 1 / T, and a grid of 2 % steps is finer than what held-out cases can
+    # tell.
+    grid = torch.logspace(np.log10(0.05), np.log10(20), 300, dtype=torch.float64)
+    losses = [F.cross_entropy(scores.double() / t, truth) for t in grid]
+    return float(grid[int(torch.stack(losses).argmin())])
+
+
+class _Trainer:
+    """One run's model, optimizer and schedule; all chance comes from (seed, epoch)."""
+
+    def __init__(
+        self,
+        model: MDFModel,
+        encoder: PromptEncoder,
+        pixels: PixelSet,
+        recipe: Recipe,
+        optimizer: torch.optim.AdamW,
+        total_steps: int,
+    ) -> None:
+        self.model, self.encoder, self.pixels, self.recipe = model, encoder, pixels, recipe
+        self.optimizer, self.total_steps = optimizer, total_steps
+        self.device = next(model.parameters()).device
+        self.blank = blank_pixels(pixels.spec)
+
+    def run_epoch(self, epoch: int, indices: Sequence[int]) -> tuple[float, float]:
+        """Train one epoch; return the mean label and segmentation losses."""
+        self.model.train()
+        rng = np.random.default_rng([self.recipe.seed, epoch])
+        order = rng.permutation(indices).tolist()
+        steps = list(batches(order, self.recipe.batch_size))
+        totals = np.zeros(2)
+        bar = tqdm(steps, desc=f"epoch {epoch + 1}/{self.recipe.epochs}", leave=False)
+        for number, batch in enumerate(bar):
+            self._set_learning_rates(epoch * len(steps) + number)
+            label_loss, mask_loss = self._losses([self.pixels[i] for i in batch], rng)
+            loss = label_loss + self.recipe.mask_weight * mask_loss
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+            self.optimizer.step()
+            totals += [label_loss.item(), mask_loss.item()]
+            bar.set_postfix(
+                label=f"{totals[0] / (number + 1):.3f}", mask=f"{totals[1] / (number + 1):.3f}"
+            )
+        label_loss, mask_loss = totals / len(steps)
+        return float(label_loss), float(mask_loss)
+
+    def score(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return label scores (N, K) and true labels (N,) of cases, on the CPU."""
+        self.model.eval()
+        scorer = CheckpointScorer(self.model, self.encoder)
+        cases = [self.pixels[i] for i in indices]
+        scores = [
+            scorer.score(
+                np.stack([c.tower_pixels for c in part]),
+                np.stack([c.unet_pixels for c in part]),
+                [c.row.text for c in part],
+            )
+            for part in (cases[i : i + BATCH_SIZE] for i in range(0, len(cases), BATCH_SIZE))
+        ]
+        return torch.from_numpy(np.concatenate(scores)), self._truth(cases)
+
+    def _losses(
+        self, cases: Sequence[CasePixels], rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        flip, no_text, no_image = (
+            rng.random(len(cases)) < p for p in (0.5, self.recipe.drop_text, self.recipe.drop_image)
+        )
+        # A fundus mirrored left to right is that of the other eye.
+        arrays = {
+            name: np.stack(
+                [
+                    getattr(c, name)[..., ::-1] if f else getattr(c, name)
+                    for c, f in zip(cases, flip, strict=True)
+                ]
+            )
+            for name in ("tower_pixels", "unet_pixels", "masks")
+        }
+        has_mask = np.stack([c.has_mask for c in cases]) * ~no_image[:, None]
+        arrays["tower_pixels"][no_image], arrays["unet_pixels"][no_image] = self.blank
+        texts = [
+            NEUTRAL_TEXT if dropped else c.row.text
+            for c, dropped in zip(cases, no_text, strict=True)
+        ]
+        packed = self.encoder.pack([self.encoder.encode(text) for text in texts])
+        tower, unet, masks, annotated = (
+            torch.from_numpy(a).to(self.device, torch.float32) for a in (*arrays.values(), has_mask)
+        )
+        output = self.model(
+            tower, unet, PromptTensors.from_packed(packed, self.encoder, self.device)
+        )
+        label_loss = F.cross_entropy(output.scores, self._truth(cases).to(self.device))
+        return label_loss, segmentation_loss(output.mask_logits, masks, annotated)
+
+    def _truth(self, cases: Sequence[CasePixels]) -> Tensor:
+        return torch.tensor([self.encoder.labels.index(c.row.label) for c in cases])
+
+    def _set_learning_rates(self, step: int) -> None:
+        progress = step / self.total_steps
+        warmup = self.recipe.warmup
+        if progress < warmup:
+            factor = (step + 1) / (warmup * self.total_steps)
+        else:
+            factor = 0.5 * (1 + np.cos(np.pi * (progress - warmup) / (1 - warmup)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * min(1.0, factor)
+
+
+def _check_same_run(out: Path, run: Mapping[str, Any]) -> None:
+    try:
+        saved = json.loads((out / TRAINER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{out}: found no unfinished run, expected {TRAINER}. Start one without --resume."
+        ) from None
+    different = [key for key in run if json.loads(json.dumps(run[key])) != saved.get(key)]
+    if different:
+        raise CheckpointError(
+            f"{out}: found a run with other settings ({', '.join(different)}), expected the same. "
+            f"It was started with {json.dumps(saved)}"
+        )
+
+
+def _optimizer_bytes(optimizer: torch.optim.AdamW) -> bytes:
+    state = optimizer.state_dict()["state"]
+    return save({f"{i}.{name}": t.cpu() for i, entry in state.items() for name, t in entry.items()})
+
+
+def _load_optimizer(optimizer: torch.optim.AdamW, path: Path) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
