@@ -252,6 +252,7 @@ def _export_module(
         location=f"{path.name}.data",
         size_threshold=INLINE_BYTES,
     )
+    (folder / f"{path.name}.data").chmod(0o644)  # onnx makes it private
     onnx.checker.check_model(path)
     return BlockSpec(path.name, precision, _specs(proto.graph.input), _specs(proto.graph.output))
 

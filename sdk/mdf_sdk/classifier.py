@@ -315,7 +315,7 @@ class MDFClassifier:
         return outputs
 
     def _evidence(self, case: _Case, whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        """Cover each cell in turn; by how much does the label's log-probability drop?
+        """Cover each cell in turn; by how much do the label's log-odds drop?
 
         Args:
             whole: float64 (K,), log-probabilities with nothing covered.
@@ -331,7 +331,7 @@ class MDFClassifier:
             tensors = self._image_tensors(tower, unet, _Clock())
             scores = self._decode(tensors, [case.text] * GRID, _Clock())["scores"]
             covered = _log_softmax(scores / self.manifest.temperature)
-            drops[row] = whole[best] - covered[:, best]
+            drops[row] = _log_odds(whole, best) - _log_odds(covered, best)
         return drops
 
 
@@ -339,6 +339,15 @@ def _log_softmax(scores: Array) -> npt.NDArray[np.float64]:
     shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
+
+
+def _log_odds(log_probabilities: Array, label: int) -> npt.NDArray[np.float64]:
+    """log(p / (1 - p)) of one label from log-probabilities (..., K), also where p rounds to 1."""
+    others = np.delete(log_probabilities, label, axis=-1)
+    odds: npt.NDArray[np.float64] = log_probabilities[..., label] - np.logaddexp.reduce(
+        others, axis=-1
+    )
+    return odds
 
 
 def _join(arrays: Sequence[Array]) -> Array:

@@ -23,7 +23,7 @@ _WARNING = (255, 190, 70)
 # Okabe and Ito's palette: told apart by color-blind readers too, and seldom a retina's own color.
 _MASK_COLORS = ((86, 180, 233), (240, 228, 66), (0, 200, 140), (204, 121, 167), (230, 230, 230))
 _FOR, _AGAINST = (255, 70, 30), (40, 120, 255)
-_FULL_COLOR = 0.1  # a smaller drop of the log-probability stays faint, however small the others are
+_FULL_COLOR = 0.5  # nats: where every cell moves the log-odds less than this, all stay faint
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -81,7 +81,10 @@ def save_picture(path: str | os.PathLike[str], image: ImageSource, prediction: P
             _draw_legend(draw, legend_at, dict(zip(prediction.mask, _MASK_COLORS, strict=False)))
         elif prediction.evidence is not None and picture is not squared:
             most, least = prediction.evidence.max(), prediction.evidence.min()
-            sides = {f"for it, up to {most:+.2f}": _FOR, f"against it, to {least:+.2f}": _AGAINST}
+            sides = {
+                f"for it, up to {most:+.1f} nats": _FOR,
+                f"against it, to {least:+.1f}": _AGAINST,
+            }
             _draw_legend(draw, legend_at, sides)
     if prediction.notice:
         at = (_MARGIN_PX, canvas.height - 16)

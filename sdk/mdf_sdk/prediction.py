@@ -37,8 +37,8 @@ class Prediction:
         mask: by kind: float32 (U, U), probability in [0, 1] for each pixel of the squared
             photograph. None if it was not asked for.
         evidence: float32 (G, G), row 0 at the top of the squared photograph: by how much the
-            label's log-probability drops when the cell is covered; positive cells spoke for the
-            label. None if it was not asked for.
+            label's log-odds, log(p / (1 - p)), drop when the cell is covered; positive cells spoke
+            for the label. None if it was not asked for.
         square: the part of the photograph that mask and evidence map show.
         text_tokens: tokens of the clinical text that were read.
         dropped_tokens: tokens cut off its end because the engine takes no more; 0 when all of it
@@ -75,7 +75,7 @@ class Prediction:
             "probabilities": self.probabilities,
             "scores": self.scores,
             "mask_shares": None if self.mask is None else self.mask_shares,
-            "evidence": None if self.evidence is None else (self.evidence.round(4) + 0.0).tolist(),
+            "evidence": None if self.evidence is None else _rounded(self.evidence),
             "square": asdict(self.square),
             "text_tokens": self.text_tokens,
             "dropped_tokens": self.dropped_tokens,
@@ -106,3 +106,7 @@ class Prediction:
         if self.notice:
             lines.append(f"  notice  {self.notice}")
         return "\n".join(lines)
+
+
+def _rounded(values: npt.NDArray[np.float32]) -> list[list[float]]:
+    return [[round(float(value), 4) + 0.0 for value in row] for row in values]  # + 0.0: no -0.0

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from mdf_sdk import MDFClassifier
 from mdf_sdk.errors import CheckpointError, DataError
 from mdf_sdk.extras import import_extra
 from mdf_sdk.manifest import MANIFEST_NAME, ImageSpec
-from tqdm import tqdm
 from mdf_training.data import DataSet
 from mdf_training.pixels import CasePixels, Float32, PixelSet, batches, blank_pixels
 from mdf_training.synthetic import NEUTRAL_TEXT
@@ -132,7 +132,7 @@ def compare_decisions(candidate: Scorer, reference: Scorer, data: DataSet) -> di
     """Count the cases in which two models of the same label set choose the same label.
 
     Returns:
-        JSON types: `agreement`, a proportion with its interval; `flips`, the files of the others; and
+        JSON types: `agreement`, a proportion with its interval; `flips`, the files of the others;
         `max_score_difference`, the largest difference of any label score.
 
     Raises:

@@ -26,7 +26,7 @@ class Recipe:
         seed: of weights, order, split and augmentation.
     """
 
-    epochs: int = 10
+    epochs: int = 6
     batch_size: int = 32
     unet_lr: float = 2e-3
     fusion_lr: float = 1e-3

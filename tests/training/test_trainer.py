@@ -1,0 +1,154 @@
+"""mdf_training.trainer: a run repeats itself to the last digit, and goes on where it stopped."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mdf_sdk.errors import CheckpointError, DataError, InputError
+from mdf_training import trainer as trainer_module
+from mdf_training.checkpoint import load_checkpoint
+from mdf_training.data import save_data
+from mdf_training.recipes import RECIPES, Recipe
+from mdf_training.synthetic import SyntheticData
+from mdf_training.trainer import build_optimizer, fit_temperature, segmentation_loss, train
+
+DATA = "synthetic:40:1"
+RECIPE = Recipe(epochs=3, batch_size=16, seed=5)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    return out, train("nano", DATA, out, recipe=RECIPE)
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    a, b = (load_checkpoint(folder).model.state_dict() for folder in (first, second))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_same_seed_gives_the_same_run_to_the_last_digit(
+    unbroken: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, provenance = unbroken
+    again = train("nano", DATA, tmp_path / "again", recipe=RECIPE)
+    assert again["history"] == provenance["history"]
+    assert same_tensors(out, tmp_path / "again")
+
+
+def test_another_seed_gives_another_run(
+    unbroken: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(RECIPE, seed=6, epochs=1)
+    other = train("nano", DATA, tmp_path / "other", recipe=recipe)
+    assert other["history"][0] != unbroken[1]["history"][0]
+
+
+def test_a_resumed_run_equals_the_unbroken_one(
+    unbroken: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, provenance = unbroken
+    interrupted = tmp_path / "interrupted"
+    run_epoch = trainer_module._Trainer.run_epoch
+
+    def stop_in_the_second_epoch(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return run_epoch(self, epoch, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module._Trainer, "run_epoch", stop_in_the_second_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            train("nano", DATA, interrupted, recipe=RECIPE)
+    resumed = train("nano", DATA, interrupted, recipe=RECIPE, resume=True)
+    assert resumed["history"] == provenance["history"]
+    assert same_tensors(out, interrupted)
+    assert {p.name for p in interrupted.iterdir()} == {p.name for p in out.iterdir()}
+
+
+def test_the_provenance_says_how_the_checkpoint_was_made(
+    unbroken: tuple[Path, dict[str, Any]],
+) -> None:
+    out, provenance = unbroken
+    saved = json.loads((out / "provenance.json").read_text())
+    assert saved == json.loads(json.dumps(provenance))
+    assert saved["notice"] == "Not for clinical use."
+    assert (saved["data"], saved["recipe"]["seed"]) == (DATA, 5)
+    assert saved["training_cases"] + saved["validation_cases"] == 40
+
+
+def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    one_of_two = dataclasses.replace(RECIPE, epochs=2)
+    out.mkdir()
+    run = {"preset": "nano", "data": DATA, "recipe": dataclasses.asdict(one_of_two)}
+    (out / "trainer.json").write_text(json.dumps(run))
+    with pytest.raises(CheckpointError, match=r"other settings \(data\)"):
+        train("nano", "synthetic:41:1", out, recipe=one_of_two, resume=True)
+
+
+def test_resuming_where_nothing_was_interrupted_is_refused(
+    unbroken: tuple[Path, dict[str, Any]],
+) -> None:
+    with pytest.raises(CheckpointError, match="no unfinished run"):
+        train("nano", DATA, unbroken[0], recipe=RECIPE, resume=True)
+
+
+def test_a_directory_that_is_taken_is_refused(unbroken: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(InputError, match="--resume"):
+        train("nano", DATA, unbroken[0], recipe=RECIPE)
+
+
+def test_a_folder_with_other_labels_is_refused_before_training(tmp_path: Path) -> None:
+    save_data(SyntheticData(8, 0), tmp_path / "data")
+    table = tmp_path / "data" / "labels.csv"
+    table.write_text(table.read_text().replace("Inherited", "Healthy"))
+    with pytest.raises(DataError, match="found the labels Healthy"):
+        train("nano", str(tmp_path / "data"), tmp_path / "out", recipe=RECIPE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_trains_as_the_set_it_was_written_from(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_size=16)
+    save_data(SyntheticData(24, 1), tmp_path / "data")
+    folder = train("nano", str(tmp_path / "data"), tmp_path / "a", recipe=recipe)
+    synthetic = train("nano", "synthetic:24:1", tmp_path / "b", recipe=recipe)
+    assert folder["history"] == synthetic["history"]
+
+
+def test_every_parameter_is_trained_and_none_twice() -> None:
+    from mdf_training.model import build_model
+
+    model = build_model("nano")
+    optimizer = build_optimizer(model, RECIPES["nano"])
+    trained = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters())
+    vectors = [g for g in optimizer.param_groups if g["weight_decay"] == 0]
+    assert all(p.ndim <= 1 for g in vectors for p in g["params"])
+
+
+def test_an_unannotated_mask_costs_nothing_and_an_annotated_one_does() -> None:
+    logits = torch.full((1, 2, 4, 4), 3.0, requires_grad=True)
+    masks = torch.zeros(1, 2, 4, 4)
+    nothing = segmentation_loss(logits, masks, torch.tensor([[0.0, 0.0]]))
+    assert nothing == 0
+    one = segmentation_loss(logits, masks, torch.tensor([[1.0, 0.0]]))
+    one.backward()
+    assert one > 1
+    assert logits.grad is not None
+    assert logits.grad[:, 0].abs().min() > 0
+    assert not logits.grad[:, 1].any()
+
+
+def test_the_fitted_temperature_undoes_a_known_one() -> None:
+    rng = np.random.default_rng(0)
+    true_logits = rng.normal(size=(20_000, 3))
+    probabilities = np.exp(true_logits) / np.exp(true_logits).sum(axis=1, keepdims=True)
+    truth = torch.tensor([rng.choice(3, p=p) for p in probabilities])
+    overconfident = torch.from_numpy(2.5 * true_logits).float()
+    assert fit_temperature(overconfident, truth) == pytest.approx(2.5, rel=0.05)
