@@ -1,4 +1,4 @@
-"""The whole road by its commands: train, export, verify, predict, evaluate; and the shipped engine."""
+"""The whole road by its commands, from training to prediction; and the shipped engine."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,7 @@
 """A fused model in, the five blocks of an engine out, one ONNX graph each.
 
 Dimensions in the graphs: B batch, T fed tokens (all but the constant prefix), S prefix and fed
-    tokens, V vision
-tokens, D width, K labels.
+tokens, V vision tokens, D width, K labels.
 """
 
 import copy

@@ -49,8 +49,7 @@ def build_engine(checkpoint_dir: Path, engine_dir: Path, precision: Precision) -
         engine_dir: new or empty; it appears when everything is in it, or not at all.
         precision: "fp32"; "fp16"; or "int4", which quantizes the language model and the fusion
             (symmetric, round to nearest, blocks of 32 along K) and leaves the vision tower and the
-            U-Net at
-            float16.
+            U-Net at float16.
 
     Raises:
         InputError: unknown precision, or `engine_dir` is taken.

@@ -16,8 +16,7 @@ from mdf_sdk.manifest import BlockSpec, Precision, TensorSpec
 
 OPSET = 23
 IR_VERSION = 11
-# ONNX Runtime's fused CUDA kernel takes 32 alone of the sizes that TensorRT-RTX compiles (DESIGN
-# section 4).
+# The one size that ONNX Runtime's fused CUDA kernel and TensorRT-RTX both take (docs/design.md).
 BLOCK_SIZE = 32
 INLINE_BYTES = 1024  # shapes, indices and scalars stay in the graph
 ALIGNMENT = 4096  # of external tensors, so that a runtime can memory-map them
@@ -46,12 +45,8 @@ class GraphBuilder:
         precision: "int4" quantizes what `linear` is given.
         float_type: of activations and of weights that are not quantized.
         """
-        self.folder, self.name, self.precision, self.float_type = (
-            folder,
-            name,
-            precision,
-            float_type,
-        )
+        self.folder, self.name = folder, name
+        self.precision, self.float_type = precision, float_type
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._inputs: list[TensorSpec] = []
@@ -133,12 +128,10 @@ class GraphBuilder:
     def attention(
         self, q: str, k: str, v: str, heads: int, kv_heads: int, mask: str | None = None
     ) -> str:
-        """Scaled dot-product attention on (B, T, heads * d) tensors; the mask is True where it may
-        look.
+        """Scaled dot-product attention on (B, T, heads * d); the mask is True where it may look.
 
-        Three dimensions on purpose: the transposes of four-dimensional exports cost an H100 7 ms of
-            19 in the
-        vision tower (DESIGN section 4).
+        Three dimensions on purpose: a four-dimensional export spends 7 of 19 ms of the 11B vision
+        tower on transposes (docs/design.md).
         """
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         return self.op("Attention", *inputs, q_num_heads=heads, kv_num_heads=kv_heads)

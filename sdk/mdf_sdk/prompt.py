@@ -6,10 +6,8 @@ Layout of a packed row, the same in training and in an engine (T = P + body + M,
 
 The prefix (instruction) stands before the image, so its keys and values do not depend on the case:
 an engine carries them as constants and is fed the rows from P on. Every label sees the prefix, the
-body and
-its own earlier tokens, and starts at the position after the body, so one prefill scores each label
-exactly
-as a forward of its own would.
+body and its own earlier tokens, and starts at the position after the body, so one prefill scores
+each label exactly as a forward of its own would.
 """
 
 import unicodedata
@@ -141,11 +139,10 @@ class PromptEncoder:
         """For each label, the (row, column) pairs of the label logits whose sum is its score.
 
         Rows count from the last body token (row 0; rows 1 to M are the fed label tokens); columns
-        index `label_vocabulary`. The score of a label is the sum of log_softmax(logits over
-        label_vocabulary) at its
-        pairs: the log-probability of its whole token sequence, end token included, among the tokens
-            that the
-        label set is made of.
+        index `label_vocabulary`. A label's score is the sum of log_softmax(logits over
+        label_vocabulary) at its pairs: the log-probability of its whole token sequence, end token
+        included, given that every token is one that the label set is made of. An engine therefore
+        keeps those rows of the output head alone.
         """
         column = {token: i for i, token in enumerate(self.label_vocabulary)}
         pairs, fed = [], 0

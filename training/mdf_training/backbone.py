@@ -38,13 +38,10 @@ class CrossAttentionFeed:
 
 
 class FusedCrossAttention(MllamaTextCrossAttention):
-    """Mllama's cross-attention on this layer's own entry of a CrossAttentionFeed; no parameter is
-    added.
+    """Mllama's cross-attention on its own entry of a CrossAttentionFeed; adds no parameter.
 
-    Rows before the image get exactly nothing from it. Stock transformers zeroes the mask of such
-    rows, which opens the image to them instead of closing it (Meta's own implementation multiplies
-    the output,
-    as here).
+    Rows before the image get exactly nothing from it. Stock transformers zeroes the additive mask
+    of such rows, which opens the image to them instead of closing it.
     """
 
     is_causal = False  # transformers' SDPA path takes a module without a mask for a causal one

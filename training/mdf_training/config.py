@@ -37,8 +37,7 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """What the paper (arXiv 2509.21358) leaves open of its fusion, each with the reason for the
-    default.
+    """What the paper (arXiv 2509.21358) leaves open of its fusion, with the defaults' reasons.
 
     Attributes:
         layers: the cross-attention layers that read fused states, one for each skip, shallow to
@@ -116,7 +115,7 @@ def _image(tower_px: int, unet_px: int) -> ImageSpec:
     return ImageSpec(tower_px, unet_px, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD)
 
 
-# One tile (DESIGN section 3): Mllama's own four-tile default computes three tiles of padding.
+# Mllama's own four-tile default computes three tiles of padding for a square photograph.
 ONE_TILE = {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}
 
 _LLAMA_11B = ModelConfig(

@@ -23,7 +23,7 @@ from mdf_training.synthetic import NEUTRAL_TEXT
 
 Scores = npt.NDArray[np.float32]
 BATCH_SIZE = 32
-# The controls of DESIGN section 7: what the model reaches when it is denied something.
+# What the model reaches when it is denied something; a shortcut shows as a control that does well.
 CONTROLS = ("text_only", "image_only", "blank_image", "swapped_image")
 
 

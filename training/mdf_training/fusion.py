@@ -55,11 +55,9 @@ class FusionBlock(nn.Module):
 
 
 class FiLM(nn.Module):
-    """Feature-wise linear modulation of one skip (Perez et al., 2018), the identity in the
-    beginning.
+    """Feature-wise linear modulation of one skip (Perez et al., 2018); starts as the identity.
 
-    modulated = skip * (1 + gamma) + beta, with (gamma, beta) a linear map of the pooled language
-    states.
+    modulated = skip * (1 + gamma) + beta, (gamma, beta) = linear(pooled language states)
     """
 
     def __init__(self, width: int, skip_channels: int) -> None:

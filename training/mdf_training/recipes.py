@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run trains. What the paper leaves open is a field here, with the reason for its
-    default.
+    """How a run trains: what the paper leaves open, with the reason for each default.
 
     Attributes:
         epochs: passes over the training cases.
@@ -19,9 +18,8 @@ class Recipe:
         max_grad_norm: gradients are clipped to it.
         mask_weight: of the segmentation loss (Dice + binary cross-entropy) beside the label loss.
         drop_text, drop_image: share of the cases whose text becomes NEUTRAL_TEXT, or whose picture
-            goes black, so that neither half is leant on alone and both controls are ones the model
-            was trained
-            for.
+            goes black: neither half is then leant on alone, and the controls of `evaluate` are
+            inputs that the model was trained for.
         validation: share of the patients held out, for the epoch's report and the temperature.
         seed: of weights, order, split and augmentation.
     """

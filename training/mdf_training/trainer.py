@@ -54,8 +54,7 @@ def train(
         notice: goes with the checkpoint and every engine made of it.
 
     Returns:
-        The provenance written beside the weights: data, recipe, versions and the history of the
-            epochs.
+        The provenance written beside the weights: data, recipe, versions, and each epoch's losses.
 
     Raises:
         DataError, CheckpointError: what was given cannot be used.
