@@ -16,7 +16,7 @@ from mdf_sdk.manifest import BlockSpec, Precision, TensorSpec
 
 OPSET = 23
 IR_VERSION = 11
-# The one size that ONNX Runtime's fused CUDA kernel and TensorRT-RTX both take (docs/design.md).
+# A size that both ONNX Runtime's fused CUDA kernel and TensorRT-RTX take.
 BLOCK_SIZE = 32
 INLINE_BYTES = 1024  # shapes, indices and scalars stay in the graph
 ALIGNMENT = 4096  # of external tensors, so that a runtime can memory-map them
@@ -130,8 +130,7 @@ class GraphBuilder:
     ) -> str:
         """Scaled dot-product attention on (B, T, heads * d); the mask is True where it may look.
 
-        Three dimensions on purpose: a four-dimensional export spends 7 of 19 ms of the 11B vision
-        tower on transposes (docs/design.md).
+        Three dimensions on purpose: a four-dimensional export adds transposes around each.
         """
         inputs = (q, k, v) if mask is None else (q, k, v, mask)
         return self.op("Attention", *inputs, q_num_heads=heads, kv_num_heads=kv_heads)

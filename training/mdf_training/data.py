@@ -2,63 +2,22 @@
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from mdf_sdk.errors import DataError
+from mdf_sdk.errors import DataError, ImageError
+from mdf_sdk.preprocessing import load_image
+from mdf_sdk.staging import staged_directory
+from mdf_training.cases import Case, DataSet, Row
+from mdf_training.synthetic import SyntheticData
 
 COLUMNS = ("file", "label", "text", "mask", "patient_id", "source")
 MAX_PROBLEMS_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is known of a case without reading its picture."""
-
-    file: str
-    label: str
-    text: str
-    patient_id: str
-    source: str
-
-
-@dataclass(frozen=True, eq=False)
-class Case(Row):
-    """A row with its picture.
-
-    Args:
-        image: uint8 (H, W, 3), RGB, 0 to 255.
-        masks: kind -> bool (H, W). A kind that is absent was not annotated; it is not empty.
-    """
-
-    image: NDArray[np.uint8]
-    masks: Mapping[str, NDArray[np.bool_]]
-
-
-class DataSet(Protocol):
-    """Cases in a fixed order; `rows` costs nothing, `data[i]` reads or renders the picture."""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The distinct labels, sorted."""
-
-    @property
-    def mask_kinds(self) -> tuple[str, ...]:
-        """Every kind of mask that some case has."""
-
-    @property
-    def rows(self) -> Sequence[Row]:
-        """One row for every case, in the order of the cases."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Case: ...
 
 
 class FolderData:
@@ -108,8 +67,6 @@ def open_data(spec: str) -> DataSet:
     """Open the folder `spec`, or render `synthetic:COUNT:SEED`."""
     if not spec.startswith("synthetic:"):
         return FolderData(spec)
-    from mdf_training.synthetic import SyntheticData  # it imports this module
-
     match = re.fullmatch(r"synthetic:(\d+):(\d+)", spec, re.ASCII)
     if match is None:
         raise DataError(f"found {spec!r}, expected synthetic:COUNT:SEED such as synthetic:1000:0")
@@ -152,30 +109,30 @@ def check_data(folder: str | Path, labels: Iterable[str] | None = None) -> None:
 
 
 def save_data(data: DataSet, folder: str | Path) -> None:
-    """Write `data` as a folder that `FolderData` opens; labels.csv comes last.
+    """Write `data` as a folder that `FolderData` opens; it appears whole or not at all.
 
     Pictures and masks become numbered PNG files, so only `Row.file` may change.
 
     Raises:
-        DataError: the folder exists and is not empty.
+        InputError: the folder exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DataError(f"{folder} is not an empty folder, expected a new one: choose another name")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "masks").mkdir()
-    table = []
-    for index in range(len(data)):
-        case = data[index]
-        file = f"images/{index:05d}.png"
-        mask_files = {kind: f"masks/{index:05d}-{kind}.png" for kind in case.masks}
-        Image.fromarray(case.image).save(folder / file)
-        for kind, name in mask_files.items():
-            Image.fromarray(case.masks[kind]).save(folder / name)
-        masks = ";".join(f"{kind}:{name}" for kind, name in mask_files.items())
-        table.append([file, case.label, case.text, masks, case.patient_id, case.source])
-    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream).writerows([COLUMNS, *table])
+    with staged_directory(Path(folder)) as staging:
+        (staging / "images").mkdir()
+        (staging / "masks").mkdir()
+        table = []
+        for index in range(len(data)):
+            case = data[index]
+            file = f"images/{index:05d}.png"
+            Image.fromarray(case.image).save(staging / file)
+            masks = []
+            for kind, mask in case.masks.items():
+                name = f"masks/{index:05d}-{kind}.png"
+                Image.fromarray(mask).save(staging / name)
+                masks.append(f"{kind}:{name}")
+            cell = ";".join(masks)
+            table.append([file, case.label, case.text, cell, case.patient_id, case.source])
+        with (staging / "labels.csv").open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream).writerows([COLUMNS, *table])
 
 
 def split_by_patient(data: DataSet, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -294,11 +251,11 @@ def _parse_masks(cell: str) -> dict[str, str]:
 
 
 def _read_picture(path: Path, where: str) -> NDArray[np.uint8]:
-    """Read a picture upright: uint8 (H, W, 3), RGB, 0 to 255."""
-    picture = _open_image(path, where)
-    if picture.mode.startswith(("I", "F")):
-        raise DataError(f"{where}: {path} has mode {picture.mode}, expected 8 bits a channel")
-    return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    """Read a picture as the SDK does: uint8 (H, W, 3), RGB, upright."""
+    try:
+        return load_image(path)
+    except ImageError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _read_mask(path: Path, where: str) -> NDArray[np.bool_]:

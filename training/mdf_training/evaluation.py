@@ -17,7 +17,7 @@ from mdf_sdk import MDFClassifier
 from mdf_sdk.errors import CheckpointError, DataError
 from mdf_sdk.extras import import_extra
 from mdf_sdk.manifest import MANIFEST_NAME, ImageSpec
-from mdf_training.data import DataSet
+from mdf_training.cases import DataSet
 from mdf_training.pixels import CasePixels, Float32, PixelSet, batches, blank_pixels
 from mdf_training.synthetic import NEUTRAL_TEXT
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mdf_sdk.manifest import ImageSpec
 from mdf_sdk.preprocessing import crop_square, find_square, normalize, to_pixels
-from mdf_training.data import DataSet, Row
+from mdf_training.cases import DataSet, Row
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]

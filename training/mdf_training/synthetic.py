@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from mdf_sdk.errors import DataError
-from mdf_training.data import Case, Row
+from mdf_training.cases import Case, Row
 from mdf_training.rendering import MASK_KINDS, render
 
 LABELS = ("Acquired", "Inherited")

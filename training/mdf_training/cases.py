@@ -1,0 +1,52 @@
+"""What a data set is: rows that cost nothing to look at, and cases with their pictures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a case without reading its picture."""
+
+    file: str
+    label: str
+    text: str
+    patient_id: str
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Case(Row):
+    """A row with its picture.
+
+    Args:
+        image: uint8 (H, W, 3), RGB, 0 to 255.
+        masks: kind -> bool (H, W). A kind that is absent was not annotated; it is not empty.
+    """
+
+    image: NDArray[np.uint8]
+    masks: Mapping[str, NDArray[np.bool_]]
+
+
+class DataSet(Protocol):
+    """Cases in a fixed order; `rows` costs nothing, `data[i]` reads or renders the picture."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The distinct labels, sorted."""
+
+    @property
+    def mask_kinds(self) -> tuple[str, ...]:
+        """Every kind of mask that some case has."""
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """One row for every case, in the order of the cases."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Case: ...
