@@ -113,6 +113,17 @@ def test_a_folder_with_other_labels_is_refused_before_training(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_too_few_patients_to_hold_one_out_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="found 1 patients, too few"):
+        train("nano", "synthetic:1:1", tmp_path / "out", recipe=RECIPE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_without_its_tokenizer_fails_before_its_weights_are_made(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="found no tokenizer"):
+        train("llama-3.2-11b", DATA, tmp_path / "out", recipe=RECIPE)
+
+
 def test_a_folder_trains_as_the_set_it_was_written_from(tmp_path: Path) -> None:
     recipe = Recipe(epochs=1, batch_size=16)
     save_data(SyntheticData(24, 1), tmp_path / "data")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mdf_sdk.errors import CheckpointError, InputError
+from mdf_sdk.errors import CheckpointError, DataError, InputError
 from mdf_sdk.prompt import PromptEncoder
 from mdf_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mdf_training.checkpoint_scorer import CheckpointScorer
@@ -72,6 +72,12 @@ def train(
     cases = open_data(data)
     check_labels(cases, config.labels)
     train_on, held_out = split_by_patient(cases, recipe.validation, recipe.seed)
+    if not train_on or not held_out:
+        patients = len({row.patient_id for row in cases.rows})
+        raise DataError(
+            f"data: found {patients} patients, too few to hold one out, expected at least two of "
+            "one label. Add cases, or try --data synthetic:1000:1"
+        )
     pixels = PixelSet(cases, config.image, config.mask_kinds)
 
     torch.manual_seed(recipe.seed)
@@ -80,11 +86,8 @@ def train(
         model, tokenizer = checkpoint.model, checkpoint.tokenizer_json
         history = list(checkpoint.provenance["history"])
     else:
-        model, tokenizer, history = (
-            build_model(config),
-            tokenizer_json or load_tokenizer(config),
-            [],
-        )
+        tokenizer = tokenizer_json or load_tokenizer(config)
+        model, history = build_model(config), []
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder = PromptEncoder(tokenizer, config.prompt, config.labels)
     optimizer = build_optimizer(model, recipe)
@@ -203,7 +206,7 @@ class _Trainer:
         order = rng.permutation(indices).tolist()
         steps = list(batches(order, self.recipe.batch_size))
         totals = np.zeros(2)
-        bar = tqdm(steps, desc=f"epoch {epoch + 1}/{self.recipe.epochs}", leave=False)
+        bar = tqdm(steps, desc=f"epoch {epoch + 1}/{self.recipe.epochs}", leave=False, disable=None)
         for number, batch in enumerate(bar):
             self._set_learning_rates(epoch * len(steps) + number)
             label_loss, mask_loss = self._losses([self.pixels[i] for i in batch], rng)
