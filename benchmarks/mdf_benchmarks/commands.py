@@ -37,7 +37,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
             f"{kind:24s} p50 {times['p50_ms']:8.2f} ms   "
             f"p99 {times['p99_ms']:8.2f} ms   n {times['n']}"
         )
-    for stage, ms in report["stages_p50_ms"].items():
+    for stage, ms in report["stages_p50_ms"]["new_image"].items():
         print(f"  {stage:22s} p50 {ms:8.2f} ms")
     print(f"peak host memory {report['peak_host_bytes'] / 1e6:.0f} MB")
     if args.json:

@@ -1,4 +1,4 @@
-"""Every graph compiles with the real TensorRT-RTX compiler. It needs no GPU; running the plan does."""
+"""Every graph compiles with the real TensorRT-RTX compiler; running a plan needs a card."""
 
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,3 +56,16 @@ def test_a_closed_session_does_not_run(toy_engine: Path) -> None:
     session.close()
     with pytest.raises(BackendRunError):
         session.run({"tower_pixels": np.zeros((1, 3, 16, 16), np.float32)})
+
+
+def test_the_runtime_writes_nothing_under_the_users_home(toy_engine: Path, tmp_path: Path) -> None:
+    code = f"""
+from mdf_sdk import MDFClassifier
+with MDFClassifier({str(toy_engine)!r}):
+    pass
+"""
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(tmp_path.rglob("*")) == []

@@ -1,5 +1,6 @@
 """ONNX Runtime behind the seam; the only module that knows it, and where its errors are mapped."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ class OnnxRuntimeBackend:
     device = "cpu"
 
     def __init__(self, threads: int | None = None) -> None:
+        # It collects usage data under the user's home and reads this once, when it is imported.
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         try:
             import onnxruntime  # type: ignore[import-untyped]
         except ImportError as error:
