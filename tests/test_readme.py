@@ -75,7 +75,8 @@ def test_the_commands_run_in_their_order(workplace: Path) -> None:
 def test_a_long_command_has_the_arguments_it_takes(line: str) -> None:
     from mdf_sdk.cli import _build_parser
 
-    arguments = _build_parser().parse_args(shlex.split(line)[1:])
+    parser, *_ = _build_parser()
+    arguments = parser.parse_args(shlex.split(line)[1:])
     assert callable(arguments.run)
 
 
