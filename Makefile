@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python -m
 # Classify a real fundus photograph on the CPU, without torch.
 demo: $(DEMO)/installed $(DEMO)/retina.jpg
 	$(DEMO)/bin/mdf predict examples/demo_engine $(DEMO)/retina.jpg \
-		--text "A 34-year-old woman, poor vision in dim light since school; her brother is affected." \
+		--text "A 46-year-old woman, difficulty reading for 6 months. Family history is not known." \
 		--picture $(DEMO)/prediction.png --json
 
 $(DEMO)/installed: pyproject.toml
@@ -20,8 +20,9 @@ $(DEMO)/installed: pyproject.toml
 # The photograph comes out of scikit-image's wheel; the package itself is not installed.
 $(DEMO)/retina.jpg: $(DEMO)/installed
 	$(DEMO)/bin/python -m pip download --quiet --no-deps --only-binary=:all: --dest $(DEMO)/wheel scikit-image==0.26.0
-	$(DEMO)/bin/python -c "import sys, zipfile; print(end=''); \
-		open('$@', 'wb').write(zipfile.ZipFile(sys.argv[1]).read('skimage/data/retina.jpg'))" $(DEMO)/wheel/*.whl
+	$(DEMO)/bin/python -c "import pathlib, zipfile; \
+		wheel = next(pathlib.Path('$(DEMO)/wheel').glob('*.whl')); \
+		pathlib.Path('$@').write_bytes(zipfile.ZipFile(wheel).read('skimage/data/retina.jpg'))"
 
 # Everything that CI runs.
 test: format lint types tests
