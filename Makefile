@@ -14,7 +14,7 @@ demo: $(DEMO)/installed $(DEMO)/retina.jpg
 
 $(DEMO)/installed: pyproject.toml
 	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/python -m pip install --quiet '.[cpu]'
+	$(DEMO)/bin/python -m pip install --quiet --editable '.[cpu]'
 	touch $@
 
 # The photograph comes out of scikit-image's wheel; the package itself is not installed.

@@ -1,6 +1,7 @@
 """The numbered scripts run as they stand, from anywhere, without arguments."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ SAYS = {
     "02_train_and_export.py": "verified: True",
     "03_score_a_folder.py": "24 cases",
 }
+LEAVES = {
+    "01_predict.py": "prediction.png",
+    "02_train_and_export.py": "engine/manifest.json",
+    "03_score_a_folder.py": "predictions.csv",
+}
 
 
 def test_every_example_is_known_and_short() -> None:
@@ -24,12 +30,20 @@ def test_every_example_is_known_and_short() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_as_written(path: Path, tmp_path: Path) -> None:
+    # What it writes goes with the test; two torch threads on a shared core wait for each other.
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, path], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, path],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert SAYS[path.name] in done.stdout
     assert "Not for clinical use." in done.stdout or path.name.startswith("03")
+    assert len(list(tmp_path.glob(f"*/{LEAVES[path.name]}"))) == 1
 
 
 def test_a_scored_folder_has_a_row_for_every_case(tmp_path: Path) -> None:

@@ -50,6 +50,26 @@ def test_the_first_block_is_six_lines_and_prints_a_prediction(workplace: Path) -
     assert "Not for clinical use." in run([sys.executable, "-c", PYTHON[0]], workplace)
 
 
+def test_the_printed_prediction_is_the_shipped_engines(workplace: Path) -> None:
+    """The photograph is another here: its form must agree, and the digest of the manifest."""
+    shown = next(text for language, text in BLOCKS if language == "text").splitlines()
+    printed = run([sys.executable, "-c", PYTHON[0]], workplace).splitlines()
+    assert re.fullmatch(
+        r"(Acquired|Inherited) \d\.\d{3}   \((Acquired|Inherited) \d\.\d{3}\)", shown[0]
+    )
+    assert [re.sub(r"[\d.]+", "0", line) for line in shown[1:3]] == [
+        re.sub(r"[\d.]+", "0", line) for line in printed[1:3]
+    ]
+    assert [line.split()[-2:] for line in shown[3:]] == [line.split()[-2:] for line in printed[3:]]
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    named = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert named == {"demo", "test"}
+    assert named <= targets
+
+
 @pytest.mark.parametrize("code", PYTHON[1:])
 def test_a_python_block_runs(code: str, workplace: Path) -> None:
     assert run([sys.executable, "-c", code], workplace)

@@ -171,7 +171,7 @@ class _UNetEncoder(nn.Module):
     def __init__(self, model: MDFModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.encoder = copy.deepcopy(model.unet.encoder).to(dtype).eval()
+        self.encoder = copy.deepcopy(model.unet.encoder).to("cpu", dtype).eval()
 
     def forward(self, unet_pixels: Tensor) -> tuple[Tensor, ...]:
         _, *features = self.encoder(unet_pixels.to(self.dtype))
@@ -181,8 +181,8 @@ class _UNetEncoder(nn.Module):
 class _UNetDecoder(nn.Module):
     def __init__(self, model: MDFModel, dtype: torch.dtype) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(model.unet).to(dtype).eval()
-        self.film = copy.deepcopy(model.film).to(dtype).eval()
+        self.unet = copy.deepcopy(model.unet).to("cpu", dtype).eval()
+        self.film = copy.deepcopy(model.film).to("cpu", dtype).eval()
 
     def forward(self, *tensors: Tensor) -> Tensor:
         *skips, bottleneck, pooled = tensors
@@ -368,7 +368,8 @@ def _prefix_keys_values(
     skips them.
     """
     text = model.backbone.model.language_model
-    cache = text(input_ids=torch.tensor([encoder.prefix_ids]), use_cache=True).past_key_values
+    ids = torch.tensor([encoder.prefix_ids], device=text.embed_tokens.weight.device)
+    cache = text(input_ids=ids, use_cache=True).past_key_values
     return {
         index: tuple(
             t.transpose(1, 2).flatten(2)
@@ -381,6 +382,7 @@ def _prefix_keys_values(
 
 def _rotary_cache(text: Any, positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines (positions, d / 2) as the model's own rotary embedding computes them."""
-    cos, sin = text.rotary_emb(torch.zeros(1), torch.arange(positions)[None])
+    positions_ = torch.arange(positions, device=text.rotary_emb.inv_freq.device)[None]
+    cos, sin = text.rotary_emb(positions_.float(), positions_)
     half = cos.shape[-1] // 2
     return cos[0, :, :half], sin[0, :, :half]

@@ -45,9 +45,12 @@ def reference_tensors(
     """
     model, encoder = checkpoint.model, checkpoint.prompt_encoder()
     packed = encoder.pack([encoder.encode(text) for text in texts])
-    prompt = PromptTensors.from_packed(packed, encoder, "cpu")
+    weight = model.backbone.lm_head.weight
+    prompt = PromptTensors.from_packed(packed, encoder, weight.device)
     pixels = [to_pixels(image, checkpoint.config.image) for image in images]
-    tower_pixels, unet_pixels = (torch.from_numpy(np.stack(p)) for p in zip(*pixels, strict=True))
+    tower_pixels, unet_pixels = (
+        torch.from_numpy(np.stack(p)).to(weight) for p in zip(*pixels, strict=True)
+    )
 
     image = model.encode_image(tower_pixels, unet_pixels)
     hidden, pooled = model.decode_text(image.states, prompt)
@@ -73,4 +76,7 @@ def reference_tensors(
         keys = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
         tensors[f"cross_key_{layer}"] = attention.k_norm(keys).flatten(2)
         tensors[f"cross_value_{layer}"] = attention.v_proj(states)
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
+    return {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+        for name, tensor in tensors.items()
+    }

@@ -61,7 +61,7 @@ class PromptEncoder:
         """
         self._template = Tokenizer.from_str(tokenizer_json)
         self._text = Tokenizer.from_str(tokenizer_json)
-        # In a user's text `<|eot_id|>` is nine characters, not a token.
+        # In a user's text `<|eot_id|>` is ten characters, not a token.
         self._text.encode_special_tokens = True
         self.spec = spec
         self.labels = tuple(labels)

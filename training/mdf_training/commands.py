@@ -68,10 +68,11 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from mdf_training.evaluation import compare_decisions, evaluate, open_scorer
 
     data, scorer = open_data(args.data), open_scorer(args.model)
+    reference = open_scorer(args.reference) if args.reference else None
     report = evaluate(scorer, data)
     print(format_report(report))
-    if args.reference:
-        report |= compare_decisions(scorer, open_scorer(args.reference), data)
+    if reference:
+        report |= compare_decisions(scorer, reference, data)
         low, high = report["agreement"]["interval_95"]
         print(
             f"same label as {args.reference}: {report['agreement']['value']:.4f} "
