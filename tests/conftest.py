@@ -15,6 +15,25 @@ def demo_engine() -> Path:
 
 
 @pytest.fixture(scope="session")
+def twelve_labels() -> tuple[str, ...]:
+    """Labels of one token and of several; some share their first token, some begin another."""
+    return (
+        "Acquired",
+        "Inherited",
+        "Acquired disease",
+        "Acquired retinopathy of unknown cause",
+        "Inherited disease",
+        "Glaucoma",
+        "Stargardt",
+        "Best",
+        "Best disease",
+        "retinitis pigmentosa",
+        "retinitis",
+        "age-related macular degeneration",
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A nano checkpoint with random weights, in which every gate is open."""
     import torch

@@ -115,8 +115,8 @@ def build_decoder(
     patches = model.backbone.model.vision_model.num_patches
     constants = _prefix_keys_values(model, encoder)
     longest = prefix + 1 + config.prompt.max_text_tokens + len(encoder.suffix_ids)
-    positions = longest + max(len(ids) for ids in encoder.label_ids)
-    cos, sin = _rotary_cache(text, positions)
+    # ONNX Runtime wants as many rows as there are tokens, though labels share their positions.
+    cos, sin = _rotary_cache(text, longest + sum(len(ids) for ids in encoder.label_ids))
 
     with GraphBuilder(folder, "decoder", precision, float_type) as g:
         x = g.input("inputs_embeds", ("B", "T", width))
@@ -251,7 +251,6 @@ def _export_module(
         location=f"{path.name}.data",
         size_threshold=INLINE_BYTES,
     )
-    (folder / f"{path.name}.data").chmod(0o644)  # onnx makes it private
     onnx.checker.check_model(path)
     return BlockSpec(path.name, precision, _specs(proto.graph.input), _specs(proto.graph.output))
 

@@ -1,5 +1,6 @@
 """A directory that appears whole or not at all."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     )
     try:
         yield staging
-        staging.chmod(0o755)  # mkdtemp makes it private
+        _share(staging)
         if target.exists():
             old = Path(
                 tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)
@@ -44,3 +45,12 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
             staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _share(directory: Path) -> None:
+    """Give a finished tree the permissions of the user's umask: temporary files are private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    directory.chmod(0o777 & ~umask)
+    for path in directory.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

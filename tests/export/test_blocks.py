@@ -1,5 +1,6 @@
 """mdf_export.blocks: every graph, run by ONNX Runtime, is the PyTorch model."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
@@ -9,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from mdf_export.blocks import build_decoder
 from mdf_export.engine import build_blocks
 from mdf_export.golden import reference_tensors
 from mdf_sdk.manifest import BLOCKS, BlockSpec, Precision
@@ -135,3 +137,22 @@ def test_the_decoder_keeps_the_label_rows_of_the_head_alone(
     vocabulary = checkpoint.config.text["vocab_size"]
     model = onnx.load(folder / specs["decoder"].file, load_external_data=False)
     assert all(vocabulary not in tensor.dims for tensor in model.graph.initializer)
+
+
+def test_the_decoder_scores_twelve_labels_as_pytorch_does(
+    checkpoint: Checkpoint,
+    twelve_labels: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    twelve = dataclasses.replace(checkpoint.config, labels=twelve_labels)
+    monkeypatch.setattr(checkpoint.model, "config", twelve)
+    encoder = checkpoint.prompt_encoder()
+    data = SyntheticData(3, 78)
+    tensors = reference_tensors(
+        checkpoint, [data[i].image for i in range(3)], [SHORT, LONG, "Night blindness."]
+    )
+    spec = build_decoder(checkpoint.model, encoder, tmp_path, "fp32", "float32")
+    scores = run_block(tmp_path, spec, tensors)["scores"]
+    assert scores.shape == (3, 12)
+    np.testing.assert_allclose(scores, tensors["scores"], atol=1e-4, rtol=0)

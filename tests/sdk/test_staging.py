@@ -1,5 +1,6 @@
 """mdf_sdk.staging: a directory that appears whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,14 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="expected a new or empty"), staged_directory(taken):
             pass
     assert (tmp_path / "file").read_text() == "1"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no file modes")
+def test_private_files_get_the_permissions_of_the_users_umask(tmp_path: Path) -> None:
+    with staged_directory(tmp_path / "new") as staging:
+        (staging / "folder").mkdir(mode=0o700)
+        (staging / "folder" / "file").touch(mode=0o600)
+    umask = os.umask(0)
+    os.umask(umask)
+    for path, mode in (("new", 0o777), ("new/folder", 0o777), ("new/folder/file", 0o666)):
+        assert (tmp_path / path).stat().st_mode & 0o777 == mode & ~umask

@@ -12,20 +12,6 @@ from mdf_training.backbone import CrossAttentionFeed
 from mdf_training.checkpoint import Checkpoint, load_checkpoint
 from mdf_training.model import MDFModel, PromptTensors, build_model
 
-TWELVE_LABELS = (
-    "Acquired",
-    "Inherited",
-    "Acquired disease",
-    "Acquired retinopathy of unknown cause",
-    "Inherited disease",
-    "Glaucoma",
-    "Stargardt",
-    "Best",
-    "Best disease",
-    "retinitis pigmentosa",
-    "retinitis",
-    "age-related macular degeneration",
-)
 TEXTS = [
     "A man.",
     "A 61-year-old woman with diabetes, blurred vision <|eot_id|> for two years.",
@@ -68,14 +54,15 @@ def plain_score(
     return scores
 
 
-@pytest.mark.parametrize("labels", [("Acquired", "Inherited"), TWELVE_LABELS])
+@pytest.mark.parametrize("count", [2, 12])
 @torch.no_grad()
 def test_packed_label_scores_equal_plain_teacher_forcing(
-    checkpoint: Checkpoint, labels: tuple[str, ...]
+    checkpoint: Checkpoint, twelve_labels: tuple[str, ...], count: int
 ) -> None:
+    labels = twelve_labels[:count]
     encoder = PromptEncoder(checkpoint.tokenizer_json, checkpoint.config.prompt, labels)
     lengths = {len(ids) for ids in encoder.label_ids}
-    if len(labels) == 12:
+    if count == 12:
         assert min(lengths) == 2  # one token and its end token
         assert max(lengths) > 4
         first = [ids[0] for ids in encoder.label_ids]
