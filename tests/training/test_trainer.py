@@ -132,6 +132,36 @@ def test_a_folder_trains_as_the_set_it_was_written_from(tmp_path: Path) -> None:
     assert folder["history"] == synthetic["history"]
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = trainer_module._Trainer._losses
+    calls = 0
+
+    def diverge(self: Any, cases: Any, rng: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        label_loss, mask_loss = losses(self, cases, rng)
+        return (label_loss * float("nan") if calls > 3 else label_loss), mask_loss
+
+    monkeypatch.setattr(trainer_module._Trainer, "_losses", diverge)
+    with pytest.raises(CheckpointError, match="epoch 2, step 1: found the loss nan"):
+        train("nano", DATA, tmp_path / "run", recipe=RECIPE)
+    assert len(load_checkpoint(tmp_path / "run").provenance["history"]) == 1
+
+
+def test_the_learning_rate_rises_and_falls_to_zero() -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW([{"params": model.parameters(), "peak_lr": 2.0}])
+    trainer = trainer_module._Trainer.__new__(trainer_module._Trainer)
+    trainer.recipe, trainer.optimizer = Recipe(warmup=0.1), optimizer
+    rates = []
+    for step in (0, 9, 10, 55, 99):
+        trainer._set_learning_rates(step, 100)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.2, 2.0, 2.0, 1.0, 0.0], abs=1e-3)
+
+
 def test_every_parameter_is_trained_and_none_twice() -> None:
     from mdf_training.model import build_model
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from mdf_sdk.errors import CheckpointError, DataError, InputError
 from mdf_sdk.prompt import PromptEncoder
+from mdf_training.cases import DataSet
 from mdf_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mdf_training.checkpoint_scorer import CheckpointScorer
 from mdf_training.config import load_preset
@@ -30,6 +31,7 @@ from mdf_training.tokenizer import load_tokenizer
 
 NOTICE = "Not for clinical use."
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+BUILT_WITH = ("mdf-mllm", "torch", "transformers", "segmentation-models-pytorch")
 
 
 def train(
@@ -59,44 +61,39 @@ def train(
     Raises:
         DataError, CheckpointError: what was given cannot be used.
     """
-    recipe = recipe or RECIPES[load_preset(preset).preset]
-    run = {"preset": preset, "data": data, "recipe": dataclasses.asdict(recipe)}
-    if resume:
-        _check_same_run(out, run)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(
-            f"{out}: found something there, expected a new directory. "
-            "Go on with it by --resume, or choose another name."
-        )
     config = load_preset(preset)
+    recipe = recipe or RECIPES[config.preset]
+    run = {"preset": preset, "data": data, "recipe": dataclasses.asdict(recipe)}
+    _check_target(out, run, resume=resume)
     cases = open_data(data)
     check_labels(cases, config.labels)
-    train_on, held_out = split_by_patient(cases, recipe.validation, recipe.seed)
-    if not train_on or not held_out:
-        patients = len({row.patient_id for row in cases.rows})
-        raise DataError(
-            f"data: found {patients} patients, too few to hold one out, expected at least two of "
-            "one label. Add cases, or try --data synthetic:1000:1"
-        )
-    pixels = PixelSet(cases, config.image, config.mask_kinds)
+    train_on, held_out = _split(cases, recipe)
 
     torch.manual_seed(recipe.seed)
+    history: list[dict[str, float]] = []
     if resume:
         checkpoint = load_checkpoint(out)
         model, tokenizer = checkpoint.model, checkpoint.tokenizer_json
-        history = list(checkpoint.provenance["history"])
+        history += checkpoint.provenance["history"]
     else:
         tokenizer = tokenizer_json or load_tokenizer(config)
-        model, history = build_model(config), []
+        model = build_model(config)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = PromptEncoder(tokenizer, config.prompt, config.labels)
     optimizer = build_optimizer(model, recipe)
     if resume:
         _load_optimizer(optimizer, out / OPTIMIZER)
-    steps = -(-len(train_on) // recipe.batch_size)
-    trainer = _Trainer(model, encoder, pixels, recipe, optimizer, total_steps=steps * recipe.epochs)
+    encoder = PromptEncoder(tokenizer, config.prompt, config.labels)
+    pixels = PixelSet(cases, config.image, config.mask_kinds)
+    trainer = _Trainer(model, encoder, pixels, recipe, optimizer)
 
-    provenance: dict[str, Any] = {}
+    provenance = {
+        **run,
+        "notice": notice,
+        "training_cases": len(train_on),
+        "validation_cases": len(held_out),
+        "history": history,
+        "built_with": {name: metadata.version(name) for name in BUILT_WITH},
+    }
     for epoch in range(len(history), recipe.epochs):
         label_loss, mask_loss = trainer.run_epoch(epoch, train_on)
         scores, truth = trainer.score(held_out)
@@ -110,27 +107,12 @@ def train(
             }
         )
         tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in history[-1].items()))
-        last = epoch + 1 == recipe.epochs
-        if last:
+        provenance["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+        if epoch + 1 < recipe.epochs:
+            extra = {OPTIMIZER: _optimizer_bytes(optimizer), TRAINER: json.dumps(run).encode()}
+        else:  # a finished run needs no optimizer, and has its last word on the temperature
             model.config = dataclasses.replace(config, temperature=fit_temperature(scores, truth))
-        provenance = {
-            **run,
-            "notice": notice,
-            "training_cases": len(train_on),
-            "validation_cases": len(held_out),
-            "history": history,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "built_with": {
-                name: metadata.version(name)
-                for name in ("mdf-mllm", "torch", "transformers", "segmentation-models-pytorch")
-            },
-        }
-        # A finished run needs no optimizer; an unfinished one goes on from it.
-        extra = (
-            {}
-            if last
-            else {OPTIMIZER: _optimizer_bytes(optimizer), TRAINER: json.dumps(run).encode()}
-        )
+            extra = {}
         save_checkpoint(out, Checkpoint(model, tokenizer, provenance), extra=extra)
     return provenance
 
@@ -192,10 +174,9 @@ class _Trainer:
         pixels: PixelSet,
         recipe: Recipe,
         optimizer: torch.optim.AdamW,
-        total_steps: int,
     ) -> None:
         self.model, self.encoder, self.pixels, self.recipe = model, encoder, pixels, recipe
-        self.optimizer, self.total_steps = optimizer, total_steps
+        self.optimizer = optimizer
         self.device = next(model.parameters()).device
         self.blank = blank_pixels(pixels.spec)
 
@@ -208,9 +189,14 @@ class _Trainer:
         totals = np.zeros(2)
         bar = tqdm(steps, desc=f"epoch {epoch + 1}/{self.recipe.epochs}", leave=False, disable=None)
         for number, batch in enumerate(bar):
-            self._set_learning_rates(epoch * len(steps) + number)
+            self._set_learning_rates(epoch * len(steps) + number, self.recipe.epochs * len(steps))
             label_loss, mask_loss = self._losses([self.pixels[i] for i in batch], rng)
             loss = label_loss + self.recipe.mask_weight * mask_loss
+            if not torch.isfinite(loss):
+                raise CheckpointError(
+                    f"epoch {epoch + 1}, step {number + 1}: found the loss {loss.item()}, expected "
+                    "a finite one. Lower the learning rates; the last epoch's checkpoint is kept."
+                )
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
@@ -272,18 +258,26 @@ class _Trainer:
     def _truth(self, cases: Sequence[CasePixels]) -> Tensor:
         return torch.tensor([self.encoder.labels.index(c.row.label) for c in cases])
 
-    def _set_learning_rates(self, step: int) -> None:
-        progress = step / self.total_steps
-        warmup = self.recipe.warmup
+    def _set_learning_rates(self, step: int, total_steps: int) -> None:
+        """Rise in a line over the warm-up, then fall as half a cosine."""
+        progress, warmup = step / total_steps, self.recipe.warmup
         if progress < warmup:
-            factor = (step + 1) / (warmup * self.total_steps)
+            factor = min(1.0, (step + 1) / (warmup * total_steps))
         else:
             factor = 0.5 * (1 + np.cos(np.pi * (progress - warmup) / (1 - warmup)))
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * min(1.0, factor)
+            group["lr"] = group["peak_lr"] * factor
 
 
-def _check_same_run(out: Path, run: Mapping[str, Any]) -> None:
+def _check_target(out: Path, run: Mapping[str, Any], *, resume: bool) -> None:
+    """Refuse a directory that is taken, or one to resume that holds no unfinished run like this."""
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(
+                f"{out}: found something there, expected a new directory. "
+                "Go on with it by --resume, or choose another name."
+            )
+        return
     try:
         saved = json.loads((out / TRAINER).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -296,6 +290,17 @@ def _check_same_run(out: Path, run: Mapping[str, Any]) -> None:
             f"{out}: found a run with other settings ({', '.join(different)}), expected the same. "
             f"It was started with {json.dumps(saved)}"
         )
+
+
+def _split(cases: DataSet, recipe: Recipe) -> tuple[list[int], list[int]]:
+    train_on, held_out = split_by_patient(cases, recipe.validation, recipe.seed)
+    if not train_on or not held_out:
+        patients = len({row.patient_id for row in cases.rows})
+        raise DataError(
+            f"data: found {patients} patients, too few to hold one out, expected at least two of "
+            "one label. Add cases, or try --data synthetic:1000:1"
+        )
+    return train_on, held_out
 
 
 def _optimizer_bytes(optimizer: torch.optim.AdamW) -> bytes:
