@@ -92,6 +92,7 @@ def test_a_gray_array_becomes_rgb() -> None:
         (None, "found NoneType"),
         ([[1, 2], [3, 4]], "found list"),
     ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_an_unusable_image_is_refused(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
