@@ -48,7 +48,7 @@ def test_importing_the_sdk_loads_nothing_heavy_and_takes_under_300_ms() -> None:
         "print(time.perf_counter() - start, *sys.modules)"
     )
     times_s = []
-    for _ in range(5):
+    for _ in range(10):
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
         seconds, *modules = run.stdout.decode().split()
         assert "mdf_sdk" in modules
