@@ -45,21 +45,18 @@ def build_vision(
             "Add", x, g.constant(_position_embedding(tower.gated_positional_embedding, patches))
         )
         x = _layer_norm(g, x, tower.layernorm_pre)
-        mask = None
         if padding:
             zeros = g.constant(torch.zeros(1, padding, width))
             x = g.op("Concat", x, g.tile_batch(zeros, x, (padding, width)), axis=1)
-            is_padding = torch.arange(patches + padding) >= patches
-            mask = g.constant(~(is_padding[:, None] & is_padding)[None, None])
         kept = []
         for index, layer in enumerate(tower.transformer.layers):
-            x = _vision_layer(g, x, layer, mask)
+            x = _vision_layer(g, x, layer, patches, padding)
             if index in tower.intermediate_layers_indices:
                 kept.append(g.op("Unsqueeze", x, g.ints(-1)))
         x = _layer_norm(g, x, tower.layernorm_post)
         x = g.op("Add", x, g.constant(_tile_embedding(tower.post_tile_positional_embedding)))
         for layer in tower.global_transformer.layers:
-            x = _vision_layer(g, x, layer, mask)
+            x = _vision_layer(g, x, layer, patches, padding)
         stacked = g.op("Reshape", g.op("Concat", *kept, axis=-1), g.ints(0, 0, -1))
         x = g.op("Concat", x, stacked, axis=-1)
         x = g.op("Slice", x, g.ints(0), g.ints(patches), g.ints(1))
@@ -296,19 +293,38 @@ def _position_embedding(embedding: Any, patches: int) -> Tensor:
     )[None]
 
 
-def _vision_layer(g: GraphBuilder, x: str, layer: Any, mask: str | None) -> str:
+def _vision_layer(g: GraphBuilder, x: str, layer: Any, patches: int, padding: int) -> str:
     attention = layer.self_attn
     h = _layer_norm(g, x, layer.input_layernorm)
     q, k, v = (
         g.linear(h, p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    h = g.attention(q, k, v, attention.num_heads, attention.num_heads, mask)
+    h = _tower_attention(g, q, k, v, attention.num_heads, patches, padding)
     h = g.linear(h, attention.o_proj.weight)
     x = g.op("Add", x, _gated(g, h, layer.gate_attn) if layer.is_gated else h)
     h = _layer_norm(g, x, layer.post_attention_layernorm)
     h = g.op("Gelu", g.linear(h, layer.mlp.fc1.weight, layer.mlp.fc1.bias))
     h = g.linear(h, layer.mlp.fc2.weight, layer.mlp.fc2.bias)
     return g.op("Add", x, _gated(g, h, layer.gate_ffn) if layer.is_gated else h)
+
+
+def _tower_attention(
+    g: GraphBuilder, q: str, k: str, v: str, heads: int, patches: int, padding: int
+) -> str:
+    """Attention in which every patch sees all, but padding patches do not see each other.
+
+    Two attentions without a mask: a mask keeps a runtime from its fused kernel.
+    """
+    if not padding:
+        return g.attention(q, k, v, heads, heads)
+
+    def rows(x: str, start: int, end: int) -> str:
+        return g.op("Slice", x, g.ints(start), g.ints(end), g.ints(1))
+
+    real = g.attention(rows(q, 0, patches), k, v, heads, heads)
+    padded = rows(q, patches, patches + padding)
+    seen = (rows(k, 0, patches), rows(v, 0, patches))
+    return g.op("Concat", real, g.attention(padded, *seen, heads, heads), axis=1)
 
 
 def _fuse(g: GraphBuilder, states: str, skip: str, block: Any) -> str:
