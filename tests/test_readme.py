@@ -24,7 +24,7 @@ COMMANDS = [
     for line in code.splitlines()
     if line.startswith("mdf ")
 ]
-# These take minutes and have their own test in test_road.py.
+# These take minutes; test_road.py and test_latency.py run them.
 LONG = ("mdf train", "mdf evaluate", "mdf benchmark")
 
 
@@ -34,7 +34,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copytree(tiny_checkpoint, folder / "build" / "demo_checkpoint")
-    Image.fromarray(SyntheticData(1, 9)[0].image).save(folder / "retina.jpg")
+    (folder / ".demo").mkdir()
+    Image.fromarray(SyntheticData(1, 9)[0].image).save(folder / ".demo" / "retina.jpg")
     return folder
 
 

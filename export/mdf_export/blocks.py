@@ -240,7 +240,7 @@ def _export_module(
             dynamic_shapes=(shapes,) if _is_variadic(module) else shapes,
         )
         assert program is not None
-    proto = program.model_proto
+    proto = _without_traces(program.model_proto)
     onnx.save(
         proto,
         path,
@@ -250,6 +250,19 @@ def _export_module(
     )
     onnx.checker.check_model(path)
     return BlockSpec(path.name, precision, _specs(proto.graph.input), _specs(proto.graph.output))
+
+
+def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop what torch's exporter notes of its own run: names of files and lines on this machine."""
+    graph = model.graph
+    model.doc_string = graph.doc_string = ""
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for initializer in graph.initializer:
+        del initializer.metadata_props[:]
+        initializer.doc_string = ""
+    return model
 
 
 def _is_variadic(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """A checkpoint directory in, an engine directory out."""
 
+import os
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ from mdf_export.blocks import (
 )
 from mdf_export.golden import save_golden
 from mdf_export.graph import FloatType
-from mdf_sdk.errors import InputError
+from mdf_sdk.errors import CheckpointError, InputError
 from mdf_sdk.manifest import (
     EMBEDDINGS_NAME,
     GOLDEN_NAME,
@@ -41,7 +42,11 @@ BUILT_WITH = (
 )
 
 
-def build_engine(checkpoint_dir: Path, engine_dir: Path, precision: Precision) -> Manifest:
+def build_engine(
+    checkpoint_dir: str | os.PathLike[str],
+    engine_dir: str | os.PathLike[str],
+    precision: Precision,
+) -> Manifest:
     """Export a checkpoint.
 
     Args:
@@ -59,9 +64,15 @@ def build_engine(checkpoint_dir: Path, engine_dir: Path, precision: Precision) -
         raise InputError(
             f"precision: found {precision!r}, expected one of {', '.join(get_args(Precision))}"
         )
-    with staged_directory(engine_dir) as staging:
+    with staged_directory(Path(engine_dir)) as staging:
         checkpoint = load_checkpoint(checkpoint_dir)
         config = checkpoint.config
+        notice = checkpoint.provenance.get("notice")
+        if not isinstance(notice, str):
+            raise CheckpointError(
+                f"{checkpoint_dir}/provenance.json: found no notice, expected the text that is "
+                'printed with every result, such as "Not for clinical use."'
+            )
         blocks = build_blocks(checkpoint, staging, precision)
         np.save(staging / EMBEDDINGS_NAME, _embeddings(checkpoint, precision))
         (staging / TOKENIZER_NAME).write_text(checkpoint.tokenizer_json, encoding="utf-8")
@@ -69,7 +80,7 @@ def build_engine(checkpoint_dir: Path, engine_dir: Path, precision: Precision) -
         manifest = Manifest(
             model=config.preset,
             precision=precision,
-            notice=checkpoint.provenance["notice"],
+            notice=notice,
             labels=config.labels,
             mask_kinds=config.mask_kinds,
             temperature=config.temperature,
@@ -78,7 +89,7 @@ def build_engine(checkpoint_dir: Path, engine_dir: Path, precision: Precision) -
             blocks=blocks,
             files={path.name: digest(path) for path in sorted(staging.iterdir())},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            checkpoint=checkpoint_digest(checkpoint_dir),
+            checkpoint=checkpoint_digest(Path(checkpoint_dir)),
             built_with={name: metadata.version(name) for name in BUILT_WITH},
         )
         save_manifest(manifest, staging)

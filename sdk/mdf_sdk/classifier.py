@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -129,8 +129,8 @@ class MDFClassifier:
 
     def predict_batch(
         self,
-        images: Sequence[ImageSource],
-        texts: Sequence[str],
+        images: Iterable[ImageSource],
+        texts: Iterable[str],
         *,
         mask: bool = False,
         evidence: bool = False,
@@ -143,8 +143,9 @@ class MDFClassifier:
             InputError: names the case, counted from 0.
             BackendRunError: a block failed, or gave NaN.
         """
-        if isinstance(images, str | bytes) or isinstance(texts, str):
+        if isinstance(images, str | bytes | os.PathLike) or isinstance(texts, str):
             raise InputError("predict_batch: found one image or one text, expected a list of each")
+        images, texts = list(images), list(texts)
         if len(images) != len(texts):
             raise InputError(
                 f"predict_batch: found {len(images)} images and {len(texts)} texts, "
@@ -174,8 +175,14 @@ class MDFClassifier:
             texts: B clinical texts.
 
         Returns:
-            float32 (B, K), log-probabilities in the manifest's label order.
+            float32 (B, K), log-probabilities in the manifest's label order, as
+            `PromptEncoder.score_pairs` defines them.
         """
+        if not len(tower_pixels) == len(unet_pixels) == len(texts) > 0:
+            raise InputError(
+                f"score: found {len(tower_pixels)} and {len(unet_pixels)} pixel tensors and "
+                f"{len(texts)} texts, expected as many of each, and at least one"
+            )
         encoded = [self._engine.prompt.encode(text) for text in texts]
         tensors = self._image_tensors(tower_pixels, unet_pixels, _Clock())
         return self._decode(tensors, encoded, _Clock())["scores"]
@@ -250,7 +257,9 @@ class MDFClassifier:
                         self._evidence(case, whole)
                         for case, whole in zip(cases, log_probabilities, strict=True)
                     ]
-        self._last = states[-1]
+        last = states[-1]  # its own copy: the others' tensors are views of the whole batch
+        own = {name: values.copy() for name, values in last.tensors.items()}
+        self._last = _ImageState(last.photograph, own)
 
         predictions = []
         for i, case in enumerate(cases):

@@ -60,7 +60,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     wants_picture = args.picture is not None
     if wants_picture:
-        check_picture_path(args.picture)
+        check_picture_path(args.picture, args.image)
     with MDFClassifier(args.engine, device=args.device) as classifier:
         prediction = classifier.predict(
             args.image,

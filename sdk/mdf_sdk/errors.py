@@ -6,8 +6,8 @@
     │   └── TextError           the clinical text
     ├── EngineError             the engine directory
     │   ├── ManifestError       manifest.json is missing, malformed or of another version
-    │   └── IntegrityError      a file is missing, altered, surplus, a link, or outside the
-    directory ├── BackendError            the runtime below
+    │   └── IntegrityError      a file is missing, altered, surplus, a link, or elsewhere
+    ├── BackendError            the runtime below
     │   ├── BackendUnavailableError   not installed, or no such device
     │   └── BackendRunError     it failed while loading or running a block
     ├── MissingExtraError       a command or class needs an extra that is not installed

@@ -1,7 +1,6 @@
 """The engine directory's manifest: what the engine is, and a SHA-256 for every file in it.
 
-The reader owns the format: export fills these dataclasses and calls `save_manifest` as its last
-    act.
+The reader owns the format: export fills these dataclasses, and `save_manifest` is its last act.
 """
 
 import dataclasses

@@ -27,16 +27,21 @@ _FULL_COLOR = 0.5  # nats: where every cell moves the log-odds less than this, a
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def check_picture_path(path: str | os.PathLike[str]) -> None:
+def check_picture_path(path: str | os.PathLike[str], image: ImageSource) -> None:
     """Check that a picture can be written there, before the work that it is to show.
 
     Raises:
-        InputError: another suffix than .png or .jpg, or no such folder.
+        InputError: another suffix than .png or .jpg, no such folder, or the photograph itself.
     """
     target = Path(path)
     if target.suffix.lower() not in _SUFFIXES:
         raise InputError(
             f"picture {str(target)!r}: found suffix {target.suffix!r}, expected .png or .jpg"
+        )
+    photograph = Path(image) if isinstance(image, str | os.PathLike) else None
+    if photograph and photograph.exists() and target.exists() and target.samefile(photograph):
+        raise InputError(
+            f"picture {str(target)!r}: found the photograph itself there, expected another name"
         )
     if not target.parent.is_dir() or target.is_dir():
         raise InputError(
@@ -56,7 +61,7 @@ def save_picture(path: str | os.PathLike[str], image: ImageSource, prediction: P
         ImageError: the photograph cannot be used.
         InputError: nothing can be written to the path.
     """
-    check_picture_path(path)
+    check_picture_path(path, image)
     squared: Picture = crop_square(load_image(image), prediction.square, _PANEL_PX)
     panels = [("Photograph", squared)]
     if prediction.mask is not None:

@@ -31,9 +31,10 @@ class Prediction:
 
     Attributes:
         label: the most probable one.
-        probability: its probability, calibrated.
+        probability: its probability, after the temperature fitted in training.
         probabilities: by label, in the engine's label order; their sum is 1.
-        scores: by label: log-probability of the label's token sequence, before calibration.
+        scores: by label: log-probability of the label's token sequence among the label set's
+            tokens (`PromptEncoder.score_pairs`), before the temperature.
         mask: by kind: float32 (U, U), probability in [0, 1] for each pixel of the squared
             photograph. None if it was not asked for.
         evidence: float32 (G, G), row 0 at the top of the squared photograph: by how much the

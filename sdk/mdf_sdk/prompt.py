@@ -21,6 +21,8 @@ from tokenizers import Tokenizer
 from mdf_sdk.errors import TextError
 from mdf_sdk.manifest import PromptSpec
 
+MAX_CHARACTERS = 100_000  # some 40 pages: tokenizing more would take seconds to cut it all off
+
 
 @dataclass(frozen=True)
 class EncodedText:
@@ -84,6 +86,11 @@ class PromptEncoder:
         """
         if not isinstance(text, str):
             raise TextError(f"clinical text: found {type(text).__name__}, expected str")
+        if len(text) > MAX_CHARACTERS:
+            raise TextError(
+                f"clinical text: found {len(text)} characters, expected at most {MAX_CHARACTERS}. "
+                "Pass the part that describes the patient."
+            )
         text = unicodedata.normalize("NFC", text).strip()
         if not text:
             raise TextError(

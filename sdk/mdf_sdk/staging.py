@@ -12,39 +12,64 @@ from mdf_sdk.errors import InputError
 
 @contextmanager
 def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty directory beside `target` that takes its name when the block ends without an
-    error.
+    """Yield an empty directory beside `target` that takes its name when the block ends well.
 
     Args:
         target: must not exist, or be an empty directory.
-        replace: an existing `target` stays until the new one is complete, then goes.
+        replace: an existing directory stays until the new one is complete, then goes.
 
     Raises:
-        InputError: `target` exists and `replace` is not set, or its parent is not a directory.
+        InputError: `target` is taken and `replace` is not set, or nothing can be made beside it.
     """
-    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise _taken(target)
+    if not replace and target.exists() and any(target.iterdir()):
+        raise _taken(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = _beside(target, ".partial")
+    except OSError as error:
         raise InputError(
-            f"{target}: found something there, expected a new or empty directory. "
-            "Choose another name, or remove it first."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    )
+            f"{target}: nothing can be written there ({error.strerror}), expected a folder that "
+            "exists or can be made. Choose another name."
+        ) from error
     try:
         yield staging
         _share(staging)
-        if target.exists():
-            old = Path(
-                tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)
-            )
-            target.replace(old / target.name)
-            staging.replace(target)
-            shutil.rmtree(old)
+        if replace and target.exists():
+            _swap(staging, target)
         else:
-            staging.replace(target)
+            _take_name(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _take_name(staging: Path, target: Path) -> None:
+    """Rename onto a name that is free or an empty directory; what came there meanwhile stays."""
+    try:
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    except OSError as error:
+        raise _taken(target) from error
+
+
+def _swap(staging: Path, target: Path) -> None:
+    """Put the new directory in the old one's place; put the old one back if that fails."""
+    old = _beside(target, ".old")
+    target.replace(old / target.name)
+    try:
+        staging.replace(target)
+    except BaseException:
+        (old / target.name).replace(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent))
 
 
 def _share(directory: Path) -> None:
@@ -54,3 +79,10 @@ def _share(directory: Path) -> None:
     directory.chmod(0o777 & ~umask)
     for path in directory.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _taken(target: Path) -> InputError:
+    return InputError(
+        f"{target}: found something there, expected a new or empty directory. "
+        "Choose another name, or remove it first."
+    )

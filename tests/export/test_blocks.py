@@ -119,6 +119,16 @@ def test_every_graph_is_standard_opset_23(
         assert {node.domain for node in model.graph.node} == {""}
 
 
+def test_no_graph_says_where_it_was_made(
+    built: tuple[Precision, Path, Mapping[str, BlockSpec]],
+) -> None:
+    _, folder, specs = built
+    for spec in specs.values():
+        content = (folder / spec.file).read_bytes()
+        for trace in (b"stack_trace", b"site-packages", b".py", str(Path.home()).encode()):
+            assert trace not in content, (spec.file, trace)
+
+
 def test_int4_stores_the_language_models_matrices_in_four_bits(
     built: tuple[Precision, Path, Mapping[str, BlockSpec]],
 ) -> None:

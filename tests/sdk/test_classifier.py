@@ -360,3 +360,23 @@ def test_a_block_that_fails_while_running_is_named(toy_copy: Path, photograph: P
         MDFClassifier(toy_copy) as classifier,
     ):
         classifier.predict(photograph, "a")
+
+
+def test_a_batch_takes_any_iterables(classifier: MDFClassifier, photograph: Picture) -> None:
+    predictions = classifier.predict_batch((photograph for _ in range(2)), iter(["a", "b"]))
+    assert len(predictions) == 2
+
+
+def test_scoring_as_many_texts_as_pictures_is_demanded(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    tower, unet = to_pixels(photograph, classifier.manifest.image)
+    with pytest.raises(InputError, match="expected as many of each"):
+        classifier.score(tower[None], unet[None], ["a", "b"])
+
+
+def test_a_text_of_a_book_is_refused_before_it_is_tokenized(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    with pytest.raises(InputError, match="expected at most 100000"):
+        classifier.predict(photograph, "a" * 100_001)

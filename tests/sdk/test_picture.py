@@ -45,3 +45,14 @@ def test_a_path_that_cannot_be_written_is_refused(
     with pytest.raises(InputError, match="picture"):
         save_picture(tmp_path / name, photograph, prediction)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_photograph_itself_is_never_overwritten(
+    classifier: MDFClassifier, photograph: Picture, tmp_path: Path
+) -> None:
+    eye = tmp_path / "eye.png"
+    Image.fromarray(photograph).save(eye)
+    before = eye.read_bytes()
+    with pytest.raises(InputError, match="found the photograph itself"):
+        save_picture(tmp_path / "." / "eye.png", eye, classifier.predict(eye, "a"))
+    assert eye.read_bytes() == before

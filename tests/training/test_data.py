@@ -178,6 +178,23 @@ def test_a_mask_of_another_size_is_named_when_it_is_read(folder):
         FolderData(folder)[0]
 
 
+def test_a_palette_mask_is_read_by_its_colors(folder):
+    mask = Image.new("P", (60, 40), 0)
+    mask.putpalette([255, 255, 255, 0, 0, 0])  # index 0 is white
+    mask.paste(1, (0, 0, 30, 40))
+    mask.save(folder / "vessel.png")
+    read = FolderData(folder)[0].masks["vessel"]
+    assert not read[:, :30].any()
+    assert read[:, 30:].all()
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "x" * 300 + ".png"])
+def test_a_path_that_no_system_takes_is_named_with_its_row(folder, name):
+    write_table(folder, row(file=name))
+    with pytest.raises(DataError, match=r"row 2, column file|not a CSV table"):
+        FolderData(folder)
+
+
 def assert_same_case(one: Case, other: Case):
     assert {**vars(one), "image": None, "masks": None} == {
         **vars(other),

@@ -1,6 +1,7 @@
 """mdf_training.evaluation: proportions with intervals, and controls that deny a model something."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from mdf_sdk.errors import CheckpointError, DataError
+from mdf_training.commands import format_report
 from mdf_training.config import load_preset
 from mdf_training.evaluation import (
     Proportion,
@@ -23,7 +25,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 class TextReader(Scorer):
-    """Says Inherited to every text with a vowel-rich start: reads the text alone."""
+    """Says Inherited to every text of odd length: reads the text alone."""
 
     labels = ("Acquired", "Inherited")
     image = load_preset("nano").image
@@ -115,3 +117,12 @@ def test_an_engine_and_its_checkpoint_agree(tiny_engine: Path, tiny_checkpoint: 
     )
     assert report["flips"] == []
     assert report["max_score_difference"] < 1e-4
+
+
+def test_one_class_alone_has_no_swapped_image() -> None:
+    data = SyntheticData(20, 6)
+    data.rows = tuple(replace(row, label="Acquired") for row in data.rows)
+    report = evaluate(TextReader(), data)
+    assert "swapped_image" not in report["controls"]
+    assert report["swap_margin_shift"] is None
+    assert "swapped" not in format_report(report)

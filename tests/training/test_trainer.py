@@ -88,7 +88,7 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
     out.mkdir()
     run = {"preset": "nano", "data": DATA, "recipe": dataclasses.asdict(one_of_two)}
     (out / "trainer.json").write_text(json.dumps(run))
-    with pytest.raises(CheckpointError, match=r"other settings \(data\)"):
+    with pytest.raises(CheckpointError, match=r"other settings \(data, rows\)"):
         train("nano", "synthetic:41:1", out, recipe=one_of_two, resume=True)
 
 
@@ -108,15 +108,70 @@ def test_a_folder_with_other_labels_is_refused_before_training(tmp_path: Path) -
     save_data(SyntheticData(8, 0), tmp_path / "data")
     table = tmp_path / "data" / "labels.csv"
     table.write_text(table.read_text().replace("Inherited", "Healthy"))
-    with pytest.raises(DataError, match="found the labels Healthy"):
+    with pytest.raises(DataError, match=r"row \d, column label: found 'Healthy'"):
         train("nano", str(tmp_path / "data"), tmp_path / "out", recipe=RECIPE)
     assert not (tmp_path / "out").exists()
 
 
 def test_too_few_patients_to_hold_one_out_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="found 1 patients, too few"):
+    with pytest.raises(DataError, match="no patient of Inherited to train on"):
         train("nano", "synthetic:1:1", tmp_path / "out", recipe=RECIPE)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_one_class_is_refused(tmp_path: Path) -> None:
+    save_data(SyntheticData(30, 0), tmp_path / "data")
+    table = tmp_path / "data" / "labels.csv"
+    table.write_text(table.read_text().replace("Inherited", "Acquired"))
+    with pytest.raises(DataError, match="no patient of Inherited"):
+        train("nano", tmp_path / "data", tmp_path / "out", recipe=RECIPE)
+
+
+def test_masks_of_a_kind_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
+    save_data(SyntheticData(30, 0), tmp_path / "data")
+    table = tmp_path / "data" / "labels.csv"
+    table.write_text(table.read_text().replace("lesion:", "Lesions:"))
+    with pytest.raises(DataError, match=r"column mask: found the kinds Lesions, expected only"):
+        train("nano", tmp_path / "data", tmp_path / "out", recipe=RECIPE)
+
+
+def test_a_folder_that_changed_since_the_interruption_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_data(SyntheticData(40, 0), tmp_path / "data")
+    run_epoch = trainer_module._Trainer.run_epoch
+
+    def one_epoch(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
+        if epoch:
+            raise KeyboardInterrupt
+        return run_epoch(self, epoch, indices)
+
+    monkeypatch.setattr(trainer_module._Trainer, "run_epoch", one_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train("nano", tmp_path / "data", tmp_path / "out", recipe=RECIPE)
+    table = tmp_path / "data" / "labels.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-2]))
+    with pytest.raises(CheckpointError, match=r"other settings \(rows\)"):
+        train("nano", tmp_path / "data", tmp_path / "out", recipe=RECIPE, resume=True)
+
+
+@pytest.mark.parametrize(
+    "field", [{"epochs": 0}, {"batch_size": 0}, {"validation": 0.0}, {"seed": -1}, {"seed": 2**70}]
+)
+def test_a_recipe_that_no_run_can_use_is_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(field))):
+        Recipe(**field)
+
+
+def test_a_broken_trainer_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no unfinished run"):
+        train("nano", DATA, tmp_path, recipe=RECIPE, resume=True)
+
+
+def test_without_a_wrong_case_the_temperature_stays_at_one() -> None:
+    scores = torch.tensor([[5.0, -5.0], [-5.0, 5.0]])
+    assert fit_temperature(scores, torch.tensor([0, 1])) == 1.0
 
 
 def test_a_preset_without_its_tokenizer_fails_before_its_weights_are_made(tmp_path: Path) -> None:

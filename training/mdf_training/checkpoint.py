@@ -1,6 +1,7 @@
 """A checkpoint directory <-> a fused model: JSON, safetensors shards and a tokenizer; no pickle."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -46,7 +47,10 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, checkpoint: Checkpoint, *, extra: Mapping[str, bytes] | None = None
+    folder: str | os.PathLike[str],
+    checkpoint: Checkpoint,
+    *,
+    extra: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint; one that stands in `folder` already is replaced only by a complete one.
 
@@ -55,7 +59,7 @@ def save_checkpoint(
         checkpoint: what to write.
         extra: further files by name, such as the optimizer's state for a later resume.
     """
-    with staged_directory(folder, replace=True) as staging:
+    with staged_directory(Path(folder), replace=True) as staging:
         save_torch_state_dict(checkpoint.model.state_dict(), staging, max_shard_size=MAX_SHARD_SIZE)
         _write_json(staging / CONFIG, checkpoint.config.to_dict())
         _write_json(staging / PROVENANCE, checkpoint.provenance)
@@ -64,14 +68,21 @@ def save_checkpoint(
             (staging / name).write_bytes(content)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint into a float32 model on the CPU, in eval mode.
 
     Raises:
         CheckpointError: no checkpoint there, or its tensors are not the model's, with their names.
     """
+    folder = Path(folder)
     config = ModelConfig.from_dict(_read_json(folder / CONFIG))
-    model = build_model(config, pretrained=False)
+    try:
+        model = build_model(config, pretrained=False)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: describes no model that can be built ({error!r}), expected what "
+            "`mdf train` wrote. Copy the checkpoint again."
+        ) from error
     model.load_state_dict(_read_tensors(folder, model.state_dict()))
     return Checkpoint(model.eval(), _read_text(folder / TOKENIZER), _read_json(folder / PROVENANCE))
 

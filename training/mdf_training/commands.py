@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mdf_sdk.errors import InputError
 from mdf_sdk.extras import import_extra
 
 
@@ -36,8 +35,6 @@ def run_train(args: argparse.Namespace) -> int:
 
     recipe = dataclasses.replace(RECIPES[load_preset(args.preset).preset], seed=args.seed)
     if args.epochs is not None:
-        if args.epochs < 1:
-            raise InputError(f"--epochs: found {args.epochs}, expected at least 1")
         recipe = dataclasses.replace(recipe, epochs=args.epochs)
     train = import_extra("mdf_training.trainer", "training").train
     provenance = train(args.preset, args.data, args.out, recipe=recipe, resume=args.resume)
@@ -67,7 +64,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from mdf_training.data import open_data
     from mdf_training.evaluation import compare_decisions, evaluate, open_scorer
 
-    data, scorer = open_data(args.data), open_scorer(args.model)
+    scorer = open_scorer(args.model)
+    data = open_data(args.data, scorer.labels)
     reference = open_scorer(args.reference) if args.reference else None
     report = evaluate(scorer, data)
     print(format_report(report))
@@ -92,6 +90,6 @@ def format_report(report: dict[str, Any]) -> str:
     for name, p in rows:
         low, high = p["interval_95"]
         lines.append(f"{name:20s}   {p['value']:7.3f}   {low:.3f} to {high:.3f}")
-    shift = report["swap_margin_shift"]
-    lines.append(f"swapping the image moves the score margin by {shift:.2f} on average")
+    if (shift := report["swap_margin_shift"]) is not None:
+        lines.append(f"swapping the image moves the score margin by {shift:.2f} on average")
     return "\n".join(lines)

@@ -91,6 +91,8 @@ class ModelConfig:
             CheckpointError: a field is missing, unknown or malformed.
         """
         try:
+            if isinstance(values["labels"], str) or isinstance(values["mask_kinds"], str):
+                raise TypeError("labels and mask_kinds are lists")
             nested = {
                 "unet": UNetConfig(**_tuples(values["unet"])),
                 "fusion": FusionConfig(**_tuples(values["fusion"])),
@@ -100,7 +102,7 @@ class ModelConfig:
                 "mask_kinds": tuple(values["mask_kinds"]),
             }
             return cls(**{**values, **nested})
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"config.json: {error}; expected the fields of this release's ModelConfig. "
                 "Train again, or install the release that wrote it."

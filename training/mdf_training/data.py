@@ -1,6 +1,7 @@
 """The data set format: a folder with labels.csv or a `synthetic:COUNT:SEED` spec in, cases out."""
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -63,10 +64,18 @@ class FolderData:
         return Case(**asdict(row), image=image, masks=masks)
 
 
-def open_data(spec: str) -> DataSet:
-    """Open the folder `spec`, or render `synthetic:COUNT:SEED`."""
+def open_data(spec: str | os.PathLike[str], labels: Iterable[str] | None = None) -> DataSet:
+    """Open the folder `spec`, or render `synthetic:COUNT:SEED`.
+
+    Args:
+        labels: the labels that may occur; any label may when left out.
+
+    Raises:
+        DataError: the folder or the spec breaks the format.
+    """
+    spec = os.fspath(spec)
     if not spec.startswith("synthetic:"):
-        return FolderData(spec)
+        return FolderData(spec, labels)
     match = re.fullmatch(r"synthetic:(\d+):(\d+)", spec, re.ASCII)
     if match is None:
         raise DataError(f"found {spec!r}, expected synthetic:COUNT:SEED such as synthetic:1000:0")
@@ -86,14 +95,14 @@ def check_data(folder: str | Path, labels: Iterable[str] | None = None) -> None:
     folder = Path(folder)
     allowed = None if labels is None else set(labels)
     problems: list[str] = []
-    first_row: dict[Path, int] = {}
+    first_row: dict[str, int] = {}
     number = 1
     for number, cells in _read_table(folder):
         problems += [
             f"row {number}, column {column}: {problem}"
             for column, problem in _problems(folder, cells, allowed)
         ]
-        path = (folder / cells["file"]).resolve()
+        path = os.path.normpath(cells["file"])
         if cells["file"] and first_row.setdefault(path, number) != number:
             problems.append(
                 f"row {number}, column file: {cells['file']!r} is already in row"
@@ -231,10 +240,13 @@ def _problems(
 def _file_problem(folder: Path, name: str) -> str | None:
     pure = PureWindowsPath(name)  # knows both separators and drive letters
     path = folder / name
-    outside = pure.anchor or ".." in pure.parts
-    if outside or not path.resolve().is_relative_to(folder.resolve()):
-        return f"{name!r} leads out of the folder, expected a path relative to it"
-    return None if path.is_file() else f"{name!r} is missing, expected a file in {folder}"
+    try:
+        outside = pure.anchor or ".." in pure.parts
+        if outside or not path.resolve().is_relative_to(folder.resolve()):
+            return f"{name!r} leads out of the folder, expected a path relative to it"
+        return None if path.is_file() else f"{name!r} is missing, expected a file in {folder}"
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, a loop of links
+        return f"{name[:80]!r} is no usable path, expected one relative to {folder}"
 
 
 def _parse_masks(cell: str) -> dict[str, str]:
@@ -261,6 +273,8 @@ def _read_picture(path: Path, where: str) -> NDArray[np.uint8]:
 def _read_mask(path: Path, where: str) -> NDArray[np.bool_]:
     """Read a mask: bool (H, W), True where any channel but alpha is not zero."""
     picture = _open_image(path, where)
+    if picture.mode in ("P", "PA"):  # a palette's indices say nothing of its colors
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     values = np.atleast_3d(np.array(picture))
     colors = values[..., :-1] if picture.mode in ("LA", "RGBA") else values
     mask: NDArray[np.bool_] = np.any(colors != 0, axis=-1)

@@ -4,6 +4,7 @@ Needs no torch for an engine: a clinic's machine repeats it.
 """
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,8 @@ def evaluate(scorer: Scorer, data: DataSet) -> dict[str, Any]:
     Returns:
         JSON types: accuracy over all, per class and per source, each with its interval; balanced
         accuracy; the four controls; and `swap_margin_shift`, by how much the score margin moves on
-        average when the photograph is exchanged for one of another class.
+        average when the photograph is exchanged for one of another class. Where all cases are of
+        one class, swapping means nothing: the control is absent and the shift None.
 
     Raises:
         DataError: a label that the scorer does not know, or a picture that cannot be read.
@@ -114,7 +116,10 @@ def evaluate(scorer: Scorer, data: DataSet) -> dict[str, Any]:
         if (truth == k).any()
     }
     sources = np.array([row.source for row in data.rows])
-    moved = np.abs(_margins(joined["whole"]) - _margins(joined["swapped_image"]))
+    controls = {name: _proportion(correct[name]).to_dict() for name in CONTROLS}
+    shift = np.abs(_margins(joined["whole"]) - _margins(joined["swapped_image"])).mean()
+    if len(per_class) < 2:  # no other class to take a photograph from
+        del controls["swapped_image"]
     return {
         "n": len(data),
         "accuracy": _proportion(whole).to_dict(),
@@ -123,8 +128,8 @@ def evaluate(scorer: Scorer, data: DataSet) -> dict[str, Any]:
         "per_source": {
             str(s): _proportion(whole[sources == s]).to_dict() for s in np.unique(sources)
         },
-        "controls": {name: _proportion(correct[name]).to_dict() for name in CONTROLS},
-        "swap_margin_shift": float(moved.mean()),
+        "controls": controls,
+        "swap_margin_shift": float(shift) if "swapped_image" in controls else None,
     }
 
 
@@ -181,12 +186,13 @@ def swap_partner(index: int, truth: npt.NDArray[np.int64]) -> int:
     return int(others[0] if len(others) else (index + 1) % n)
 
 
-def open_scorer(path: Path) -> Scorer:
+def open_scorer(path: str | os.PathLike[str]) -> Scorer:
     """Open an engine (torch-free) or a checkpoint by what its directory holds.
 
     Raises:
         CheckpointError: it is neither.
     """
+    path = Path(path)
     if (path / MANIFEST_NAME).exists():
         return EngineScorer(path)
     if (path / "config.json").exists():

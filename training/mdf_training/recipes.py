@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mdf_sdk.errors import InputError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,6 +39,18 @@ class Recipe:
     drop_image: float = 0.05
     validation: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a value that no run can use."""
+        for name, low, high in (
+            ("epochs", 1, 10**6),
+            ("batch_size", 1, 10**6),
+            ("validation", 1e-6, 1 - 1e-6),
+            ("seed", 0, 2**63 - 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InputError(f"{name}: found {value}, expected {low} to {high}")
 
 
 # Pretrained language weights want a gentler hand than random ones.

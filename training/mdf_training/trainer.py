@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,9 @@ from mdf_sdk.prompt import PromptEncoder
 from mdf_training.cases import DataSet
 from mdf_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mdf_training.checkpoint_scorer import CheckpointScorer
-from mdf_training.config import load_preset
+from mdf_training.config import ModelConfig, load_preset
 from mdf_training.data import open_data, split_by_patient
-from mdf_training.evaluation import BATCH_SIZE, check_labels
+from mdf_training.evaluation import BATCH_SIZE
 from mdf_training.model import MDFModel, PromptTensors, build_model
 from mdf_training.pixels import CasePixels, PixelSet, batches, blank_pixels
 from mdf_training.recipes import RECIPES, Recipe
@@ -36,8 +39,8 @@ BUILT_WITH = ("mdf-mllm", "torch", "transformers", "segmentation-models-pytorch"
 
 def train(
     preset: str,
-    data: str,
-    out: Path,
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     recipe: Recipe | None = None,
     resume: bool = False,
@@ -63,11 +66,12 @@ def train(
     """
     config = load_preset(preset)
     recipe = recipe or RECIPES[config.preset]
-    run = {"preset": preset, "data": data, "recipe": dataclasses.asdict(recipe)}
+    cases = open_data(data, config.labels)
+    train_on, held_out = _split(cases, config, recipe)
+    rows = sha256(repr(list(cases.rows)).encode()).hexdigest()
+    run = {"preset": preset, "data": str(data), "rows": rows, "recipe": asdict(recipe)}
+    out = Path(out)
     _check_target(out, run, resume=resume)
-    cases = open_data(data)
-    check_labels(cases, config.labels)
-    train_on, held_out = _split(cases, recipe)
 
     torch.manual_seed(recipe.seed)
     history: list[dict[str, float]] = []
@@ -161,7 +165,8 @@ def fit_temperature(scores: Tensor, truth: Tensor) -> float:
     # tell.
     grid = torch.logspace(np.log10(0.05), np.log10(20), 300, dtype=torch.float64)
     losses = [F.cross_entropy(scores.double() / t, truth) for t in grid]
-    return float(grid[int(torch.stack(losses).argmin())])
+    best = int(torch.stack(losses).argmin())
+    return 1.0 if best in (0, len(grid) - 1) else float(grid[best])
 
 
 class _Trainer:
@@ -280,7 +285,7 @@ def _check_target(out: Path, run: Mapping[str, Any], *, resume: bool) -> None:
         return
     try:
         saved = json.loads((out / TRAINER).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (OSError, ValueError):
         raise CheckpointError(
             f"{out}: found no unfinished run, expected {TRAINER}. Start one without --resume."
         ) from None
@@ -292,15 +297,24 @@ def _check_target(out: Path, run: Mapping[str, Any], *, resume: bool) -> None:
         )
 
 
-def _split(cases: DataSet, recipe: Recipe) -> tuple[list[int], list[int]]:
-    train_on, held_out = split_by_patient(cases, recipe.validation, recipe.seed)
-    if not train_on or not held_out:
-        patients = len({row.patient_id for row in cases.rows})
+def _split(cases: DataSet, config: ModelConfig, recipe: Recipe) -> tuple[list[int], list[int]]:
+    """Split by patient; refuse what would train or hold out a part of the task alone."""
+    unknown = [kind for kind in cases.mask_kinds if kind not in config.mask_kinds]
+    if unknown:
         raise DataError(
-            f"data: found {patients} patients, too few to hold one out, expected at least two of "
-            "one label. Add cases, or try --data synthetic:1000:1"
+            f"data, column mask: found the kinds {', '.join(unknown)}, expected only "
+            f"{', '.join(config.mask_kinds)}. Rename them, or leave the column empty."
         )
-    return train_on, held_out
+    parts = split_by_patient(cases, recipe.validation, recipe.seed)
+    for name, indices in zip(("train on", "hold out"), parts, strict=True):
+        found = {cases.rows[i].label for i in indices}
+        missing = [label for label in config.labels if label not in found]
+        if missing:
+            raise DataError(
+                f"data: found no patient of {', '.join(missing)} to {name}, expected two patients "
+                "or more of each label. Add cases, or try --data synthetic:1000:1"
+            )
+    return parts
 
 
 def _optimizer_bytes(optimizer: torch.optim.AdamW) -> bytes:

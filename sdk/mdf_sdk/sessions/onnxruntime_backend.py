@@ -33,7 +33,7 @@ class OnnxRuntimeBackend:
                 f"device 'cpu': found no working onnxruntime ({error}), expected it installed. "
                 "Install it: pip install 'mdf-mllm[cpu]'"
             ) from error
-        if threads is not None and threads < 1:
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads: found {threads}, expected at least 1, or None")
         self._runtime = onnxruntime
         self._threads = threads or 0
@@ -41,7 +41,7 @@ class OnnxRuntimeBackend:
 
     def open(self, block: str, path: Path, spec: BlockSpec) -> "OnnxRuntimeSession":
         options = self._runtime.SessionOptions()
-        options.log_severity_level = 3  # errors reach us as exceptions
+        options.log_severity_level = 4  # errors reach us as exceptions
         options.intra_op_num_threads = self._threads
         with _errors(block, "load"):
             session = self._runtime.InferenceSession(
