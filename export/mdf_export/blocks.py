@@ -99,8 +99,7 @@ def build_decoder(
     precision: Precision,
     float_type: FloatType,
 ) -> BlockSpec:
-    """Language model: embedded body and label tokens -> label scores (B, K) and pooled states (B,
-    F, D).
+    """Language model: embedded tokens -> label scores (B, K) and pooled states (B, F, D).
 
     The instruction's keys and values are constants joined in front of each self-attention's own.
     """
@@ -364,9 +363,8 @@ def _text_mlp(g: GraphBuilder, x: str, layer: Any) -> str:
 def _label_scores(g: GraphBuilder, x: str, model: MDFModel, encoder: PromptEncoder) -> str:
     """Log-probabilities (B, K) as PromptEncoder.score_pairs has them, from label rows."""
     pairs = encoder.score_pairs()
-    rows = 1 + sum(
-        len(ids) - 1 for ids in encoder.label_ids
-    )  # the last body token and the fed label tokens
+    # The last body token and the fed label tokens.
+    rows = 1 + sum(len(ids) - 1 for ids in encoder.label_ids)
     vocabulary = list(encoder.label_vocabulary)
     x = g.op("Slice", x, g.ints(-rows), g.ints(_INT64_MAX), g.ints(1))
     x = _rms_norm(g, x, model.backbone.model.language_model.norm)

@@ -14,9 +14,8 @@ from mdf_training.model import PromptTensors, decode_mask
 from mdf_training.synthetic import SyntheticData
 
 Array = npt.NDArray[np.generic]
-GOLDEN_CASES = SyntheticData(
-    2, 20260101
-)  # a seed that no command of the README trains or evaluates on
+# A seed that no command of the README trains or evaluates on.
+GOLDEN_CASES = SyntheticData(2, 20260101)
 
 
 def save_golden(checkpoint: Checkpoint, path: Path) -> None:

@@ -14,7 +14,8 @@ from mdf_sdk.errors import EngineError
 from mdf_sdk.manifest import BLOCKS, GOLDEN_NAME
 from mdf_sdk.sessions import Array
 
-# Largest relative L2 difference from the full-precision output, by a block's precision.
+# Largest relative L2 difference from the full-precision output, by a block's precision. Measured on
+# two CPU cores, 2026-11-22: fp32 6e-6, fp16 8e-3 (both smol-135m), int4 0.13 (nano and smol-135m).
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "int4": 0.25}
 
 

