@@ -154,15 +154,15 @@ def segmentation_loss(logits: Tensor, masks: Tensor, has_mask: Tensor) -> Tensor
 
 
 def fit_temperature(scores: Tensor, truth: Tensor) -> float:
-    """Find the temperature in [0.05, 20] that minimizes the negative log-likelihood (Guo et al.,
-    2017).
+    """Find the temperature of least negative log-likelihood (Guo et al., 2017).
+
+    Between 0.05 and 20; 1.0 where the held-out cases set no bound, as when none of them is wrong.
 
     Args:
         scores: float (N, K) of held-out cases.
         truth: int64 (N,).
     """
-    # The loss is convex in 1 / T, and a grid of 2 % steps is finer than what held-out cases can
-    # tell.
+    # The loss is convex in 1 / T; steps of 2 % are finer than held-out cases can tell.
     grid = torch.logspace(np.log10(0.05), np.log10(20), 300, dtype=torch.float64)
     losses = [F.cross_entropy(scores.double() / t, truth) for t in grid]
     best = int(torch.stack(losses).argmin())
