@@ -19,7 +19,7 @@ from mdf_sdk.errors import CheckpointError, DataError
 from mdf_sdk.extras import import_extra
 from mdf_sdk.manifest import MANIFEST_NAME, ImageSpec
 from mdf_training.cases import DataSet
-from mdf_training.pixels import CasePixels, Float32, PixelSet, batches, blank_pixels
+from mdf_training.pixels import PixelSet, batches, blank_pixels, stack_pixels
 from mdf_training.synthetic import NEUTRAL_TEXT
 
 Scores = npt.NDArray[np.float32]
@@ -101,11 +101,11 @@ def evaluate(scorer: Scorer, data: DataSet) -> dict[str, Any]:
         texts = [case.row.text for case in cases]
         neutral = [NEUTRAL_TEXT] * len(cases)
         blanks = [np.repeat(p[None], len(cases), axis=0) for p in blank]
-        scores["whole"].append(scorer.score(*_stack(cases), texts))
+        scores["whole"].append(scorer.score(*stack_pixels(cases), texts))
         scores["text_only"].append(scorer.text_only_scores(texts))
-        scores["image_only"].append(scorer.score(*_stack(cases), neutral))
+        scores["image_only"].append(scorer.score(*stack_pixels(cases), neutral))
         scores["blank_image"].append(scorer.score(blanks[0], blanks[1], texts))
-        scores["swapped_image"].append(scorer.score(*_stack(swapped), texts))
+        scores["swapped_image"].append(scorer.score(*stack_pixels(swapped), texts))
     joined = {name: np.concatenate(parts) for name, parts in scores.items()}
     correct = {name: s.argmax(axis=1) == truth for name, s in joined.items()}
 
@@ -153,7 +153,7 @@ def compare_decisions(candidate: Scorer, reference: Scorer, data: DataSet) -> di
     for batch in _progress(data):
         cases = [pixels[i] for i in batch]
         texts = [case.row.text for case in cases]
-        ours, theirs = (s.score(*_stack(cases), texts) for s in (candidate, reference))
+        ours, theirs = (s.score(*stack_pixels(cases), texts) for s in (candidate, reference))
         difference = max(difference, float(np.abs(ours - theirs).max()))
         flipped = ours.argmax(axis=1) != theirs.argmax(axis=1)
         flips += [case.row.file for case, flip in zip(cases, flipped, strict=True) if flip]
@@ -220,10 +220,6 @@ class EngineScorer:
 def _progress(data: DataSet) -> Iterable[list[int]]:
     """Cut the data set into batches, with a bar where a person watches."""
     return tqdm(list(batches(range(len(data)), BATCH_SIZE)), leave=False, disable=None)
-
-
-def _stack(cases: Sequence[CasePixels]) -> tuple[Float32, Float32]:
-    return np.stack([c.tower_pixels for c in cases]), np.stack([c.unet_pixels for c in cases])
 
 
 def _proportion(correct: npt.NDArray[np.bool_]) -> Proportion:

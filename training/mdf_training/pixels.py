@@ -70,6 +70,11 @@ class PixelSet:
         return tower, crop_square(case.image, square, spec.unet_px), masks, has_mask
 
 
+def stack_pixels(cases: Sequence[CasePixels]) -> tuple[Float32, Float32]:
+    """Stack cases for a model: float32 (B, 3, S, S) and (B, 3, U, U)."""
+    return np.stack([c.tower_pixels for c in cases]), np.stack([c.unet_pixels for c in cases])
+
+
 def blank_pixels(spec: ImageSpec) -> tuple[Float32, Float32]:
     """The two pixel tensors of a black photograph."""
     return to_pixels(np.zeros((spec.unet_px, spec.unet_px, 3), np.uint8), spec)

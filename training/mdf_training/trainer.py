@@ -27,7 +27,7 @@ from mdf_training.config import ModelConfig, load_preset
 from mdf_training.data import open_data, split_by_patient
 from mdf_training.evaluation import BATCH_SIZE
 from mdf_training.model import MDFModel, PromptTensors, build_model
-from mdf_training.pixels import CasePixels, PixelSet, batches, blank_pixels
+from mdf_training.pixels import CasePixels, PixelSet, batches, blank_pixels, stack_pixels
 from mdf_training.recipes import RECIPES, Recipe
 from mdf_training.synthetic import NEUTRAL_TEXT
 from mdf_training.tokenizer import load_tokenizer
@@ -217,16 +217,12 @@ class _Trainer:
         """Return label scores (N, K) and true labels (N,) of cases, on the CPU."""
         self.model.eval()
         scorer = CheckpointScorer(self.model, self.encoder)
-        cases = [self.pixels[i] for i in indices]
-        scores = [
-            scorer.score(
-                np.stack([c.tower_pixels for c in part]),
-                np.stack([c.unet_pixels for c in part]),
-                [c.row.text for c in part],
-            )
-            for part in (cases[i : i + BATCH_SIZE] for i in range(0, len(cases), BATCH_SIZE))
-        ]
-        return torch.from_numpy(np.concatenate(scores)), self._truth(cases)
+        scores = []
+        for batch in batches(indices, BATCH_SIZE):
+            cases = [self.pixels[i] for i in batch]
+            scores.append(scorer.score(*stack_pixels(cases), [c.row.text for c in cases]))
+        labels = [self.pixels.data.rows[i].label for i in indices]
+        return torch.from_numpy(np.concatenate(scores)), self._truth(labels)
 
     def _losses(
         self, cases: Sequence[CasePixels], rng: np.random.Generator
@@ -257,11 +253,12 @@ class _Trainer:
         output = self.model(
             tower, unet, PromptTensors.from_packed(packed, self.encoder, self.device)
         )
-        label_loss = F.cross_entropy(output.scores, self._truth(cases).to(self.device))
+        truth = self._truth([c.row.label for c in cases])
+        label_loss = F.cross_entropy(output.scores, truth.to(self.device))
         return label_loss, segmentation_loss(output.mask_logits, masks, annotated)
 
-    def _truth(self, cases: Sequence[CasePixels]) -> Tensor:
-        return torch.tensor([self.encoder.labels.index(c.row.label) for c in cases])
+    def _truth(self, labels: Sequence[str]) -> Tensor:
+        return torch.tensor([self.encoder.labels.index(label) for label in labels])
 
     def _set_learning_rates(self, step: int, total_steps: int) -> None:
         """Rise in a line over the warm-up, then fall as half a cosine."""
