@@ -8,14 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mdf_sdk.errors import CheckpointError, DataError, InputError
 from mdf_training import trainer as trainer_module
 from mdf_training.checkpoint import load_checkpoint
 from mdf_training.data import save_data
+from mdf_training.model import build_model
 from mdf_training.recipes import RECIPES, Recipe
 from mdf_training.synthetic import SyntheticData
-from mdf_training.trainer import build_optimizer, fit_temperature, segmentation_loss, train
+from mdf_training.trainer import (
+    build_optimizer,
+    fit_temperature,
+    open_gates,
+    segmentation_loss,
+    train,
+)
 
 DATA = "synthetic:40:1"
 RECIPE = Recipe(epochs=3, batch_size=16, seed=5)
@@ -39,6 +47,18 @@ def test_the_same_seed_gives_the_same_run_to_the_last_digit(
     again = train("nano", DATA, tmp_path / "again", recipe=RECIPE)
     assert again["history"] == provenance["history"]
     assert same_tensors(out, tmp_path / "again")
+
+
+def test_gates_start_where_the_recipe_says_and_nothing_else_moves() -> None:
+    torch.manual_seed(0)
+    model = build_model("nano")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    open_gates(model, 0.25)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    # Two of each of 4 cross-attention layers, one of each of 4 fusion blocks.
+    assert len(changed) == 4 * 2 + 4
+    assert all(name.endswith("gate") and float(after[name]) == 0.25 for name in changed)
 
 
 def test_another_seed_gives_another_run(
@@ -86,7 +106,14 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
     out = tmp_path / "run"
     one_of_two = dataclasses.replace(RECIPE, epochs=2)
     out.mkdir()
-    run = {"preset": "nano", "data": DATA, "recipe": dataclasses.asdict(one_of_two)}
+    run = {
+        "preset": "nano",
+        "labels": ["Acquired", "Inherited"],
+        "mask_kinds": ["vessel", "lesion", "disc"],
+        "data": DATA,
+        "unet_weights": None,
+        "recipe": dataclasses.asdict(one_of_two),
+    }
     (out / "trainer.json").write_text(json.dumps(run))
     with pytest.raises(CheckpointError, match=r"other settings \(data, rows\)"):
         train("nano", "synthetic:41:1", out, recipe=one_of_two, resume=True)
@@ -111,6 +138,68 @@ def test_a_folder_with_other_labels_is_refused_before_training(tmp_path: Path) -
     with pytest.raises(DataError, match=r"row \d, column label: found 'Healthy'"):
         train("nano", str(tmp_path / "data"), tmp_path / "out", recipe=RECIPE)
     assert not (tmp_path / "out").exists()
+
+
+def write_three_classes(folder: Path) -> None:
+    """A folder of 30 cases whose label and lesion mask are not the preset's."""
+    save_data(SyntheticData(30, 0), folder)
+    table = folder / "labels.csv"
+    text = table.read_text().replace("Inherited", "healthy").replace("lesion:", "MA:")
+    lines = [
+        line.replace("Acquired", "glaucoma") if number % 4 == 1 else line
+        for number, line in enumerate(text.splitlines(keepends=True))
+    ]
+    table.write_text("".join(lines))
+
+
+def test_labels_and_mask_kinds_of_the_users_own_train_and_stay_with_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    write_three_classes(tmp_path / "data")
+    labels, kinds = ("healthy", "glaucoma", "Acquired"), ("MA", "vessel", "disc", "spare")
+    recipe = Recipe(epochs=1, batch_size=16)
+    provenance = train(
+        "nano",
+        tmp_path / "data",
+        tmp_path / "out",
+        recipe=recipe,
+        labels=labels,
+        mask_kinds=kinds,
+    )
+    checkpoint = load_checkpoint(tmp_path / "out")
+    assert (provenance["labels"], provenance["mask_kinds"]) == (labels, kinds)
+    assert (checkpoint.config.labels, checkpoint.config.mask_kinds) == (labels, kinds)
+    assert "healthy, glaucoma or Acquired?" in checkpoint.config.prompt.prefix
+    assert len(checkpoint.prompt_encoder().label_ids) == 3
+    assert checkpoint.model.unet.segmentation_head[0].out_channels == 4
+
+
+def test_the_u_net_encoder_starts_from_the_file_and_learns_at_its_own_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_model("nano").unet.encoder
+    state = {n.removeprefix("model."): t for n, t in encoder.state_dict().items()}
+    save_file(state, tmp_path / "weights.safetensors")
+    seen: dict[str, Any] = {}
+
+    def look(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
+        seen["state"] = {n: t.clone() for n, t in self.model.unet.encoder.state_dict().items()}
+        seen["rates"] = {
+            id(p): g["peak_lr"] for g in self.optimizer.param_groups for p in g["params"]
+        }
+        seen["encoder"] = [id(p) for p in self.model.unet.encoder.parameters()]
+        seen["decoder"] = [id(p) for p in self.model.unet.decoder.parameters()]
+        return 0.0, 0.0
+
+    monkeypatch.setattr(trainer_module._Trainer, "run_epoch", look)
+    recipe = Recipe(epochs=1, unet_lr=0.5, encoder_lr=0.25)
+    weights = tmp_path / "weights.safetensors"
+    provenance = train("nano", DATA, tmp_path / "out", recipe=recipe, unet_weights=weights)
+    assert all(torch.equal(t, seen["state"][n]) for n, t in encoder.state_dict().items())
+    assert {seen["rates"][p] for p in seen["encoder"]} == {0.25}
+    assert {seen["rates"][p] for p in seen["decoder"]} == {0.5}
+    assert provenance["unet_weights"]["file"] == "weights.safetensors"
+    assert len(provenance["unet_weights"]["sha256"]) == 64
 
 
 def test_too_few_patients_to_hold_one_out_are_refused(tmp_path: Path) -> None:
@@ -217,9 +306,20 @@ def test_the_learning_rate_rises_and_falls_to_zero() -> None:
     assert rates == pytest.approx([0.2, 2.0, 2.0, 1.0, 0.0], abs=1e-3)
 
 
-def test_every_parameter_is_trained_and_none_twice() -> None:
-    from mdf_training.model import build_model
+def test_grafted_layers_learn_at_their_own_rate() -> None:
+    model = build_model("nano")
+    optimizer = build_optimizer(model, Recipe(backbone_lr=0.5, grafted_lr=0.25))
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.backbone.named_parameters():
+        grafted = "vision_model" in name or "projector" in name or "cross_attn" in name
+        language = "self_attn" in name or "embed_tokens" in name or "lm_head" in name
+        if "vision_model" not in name and language:
+            assert rates[id(parameter)] == 0.5, name
+        elif grafted:
+            assert rates[id(parameter)] == 0.25, name
 
+
+def test_every_parameter_is_trained_and_none_twice() -> None:
     model = build_model("nano")
     optimizer = build_optimizer(model, RECIPES["nano"])
     trained = [id(p) for group in optimizer.param_groups for p in group["params"]]

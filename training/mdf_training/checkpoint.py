@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -75,16 +76,91 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: no checkpoint there, or its tensors are not the model's, with their names.
     """
     folder = Path(folder)
+    model = build_configured_model(folder)
+    expected = model.state_dict()
+    tensors = CheckpointTensors(folder, expected)
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(tensors[name])
+    return Checkpoint(model.eval(), read_tokenizer(folder), read_provenance(folder))
+
+
+def build_configured_model(folder: Path) -> MDFModel:
+    """Build the model of a checkpoint's config.json on the current default device, no weight read.
+
+    Raises:
+        CheckpointError: no checkpoint there, or no model can be built from its config.
+    """
     config = ModelConfig.from_dict(_read_json(folder / CONFIG))
     try:
-        model = build_model(config, pretrained=False)
+        return build_model(config, pretrained=False).eval()
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{folder / CONFIG}: describes no model that can be built ({error!r}), expected what "
             "`mdf train` wrote. Copy the checkpoint again."
         ) from error
-    model.load_state_dict(_read_tensors(folder, model.state_dict()))
-    return Checkpoint(model.eval(), _read_text(folder / TOKENIZER), _read_json(folder / PROVENANCE))
+
+
+class CheckpointTensors:
+    """The tensors of a checkpoint by name, each read from disk when it is asked for."""
+
+    def __init__(self, folder: Path, expected: Mapping[str, Tensor]) -> None:
+        """Find every tensor; reads the shards' headers alone.
+
+        Args:
+            folder: the checkpoint directory.
+            expected: the model's own state, "meta" included.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown or of another shape, with its name; or a
+                shard is no safetensors file.
+        """
+        self._shards: dict[str, Path] = {}
+        shapes: dict[str, list[int]] = {}
+        for path in sorted(folder.glob("model*.safetensors")):
+            with _open_shard(path) as shard:
+                for name in shard.keys():  # noqa: SIM118
+                    self._shards[name] = path
+                    shapes[name] = shard.get_slice(name).get_shape()
+        problems = [f"missing {name}" for name in expected if name not in shapes]
+        problems += [f"unknown {name}" for name in shapes if name not in expected]
+        problems += [
+            f"{name}: found shape {shapes[name]}, expected {list(want.shape)}"
+            for name, want in expected.items()
+            if name in shapes and shapes[name] != list(want.shape)
+        ]
+        if problems:
+            more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise CheckpointError(
+                f"{folder}: the tensors do not fit config.json: {'; '.join(problems[:10])}{more}. "
+                "Copy the checkpoint again, or train it with `mdf train`."
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor as it is stored.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity, or cannot be read.
+        """
+        path = self._shards[name]
+        with _open_shard(path) as shard:  # closed each time: an open one keeps its pages in memory
+            tensor: Tensor = shard.get_tensor(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{path}: found NaN or infinity in {name}, expected finite weights. Copy the "
+                "checkpoint again, or go back to an earlier one."
+            )
+        return tensor
+
+
+def read_tokenizer(folder: Path) -> str:
+    """Return the content of a checkpoint's tokenizer.json."""
+    return _read_text(folder / TOKENIZER)
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's provenance.json."""
+    return _read_json(folder / PROVENANCE)
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -98,35 +174,15 @@ def checkpoint_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _read_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                tensors.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: {error}; expected a safetensors file. Copy the checkpoint again."
-            ) from None
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unknown {name}" for name in tensors if name not in expected]
-    problems += [
-        f"{name}: found shape {list(tensors[name].shape)}, expected {list(want.shape)}"
-        for name, want in expected.items()
-        if name in tensors and tensors[name].shape != want.shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+@contextmanager
+def _open_shard(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{folder}: the tensors do not fit config.json: {'; '.join(problems[:10])}{more}. "
-            "Copy the checkpoint again, or train it with `mdf train`."
-        )
-    broken = [
-        n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()
-    ]
-    if broken:
-        raise CheckpointError(f"{folder}: found NaN or infinity in {', '.join(broken[:10])}")
-    return tensors
+            f"{path}: {error}; expected a safetensors file. Copy the checkpoint again."
+        ) from None
 
 
 def _read_text(path: Path) -> str:

@@ -10,7 +10,7 @@ from mdf_sdk.extras import import_extra
 
 
 def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register `mdf train --preset P --data DATA --out CHECKPOINT [--epochs N]`."""
+    """Register `mdf train --preset P --data DATA --out CHECKPOINT [--labels A,B] [--epochs N]`."""
     parser = commands.add_parser("train", help="train a fused model")
     parser.add_argument("--preset", required=True, help="nano, smol-135m or llama-3.2-11b")
     parser.add_argument(
@@ -18,6 +18,21 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="CHECKPOINT", help="new directory"
+    )
+    parser.add_argument(
+        "--labels", type=_names, metavar="A,B,...", help="label set; Acquired,Inherited if left out"
+    )
+    parser.add_argument(
+        "--mask-kinds",
+        type=_names,
+        metavar="A,B,...",
+        help="kinds of mask to segment; vessel,lesion,disc if left out",
+    )
+    parser.add_argument(
+        "--unet-weights",
+        type=Path,
+        metavar="FILE",
+        help="ImageNet weights of the U-Net encoder: a state dict, .safetensors or .pth",
     )
     parser.add_argument("--epochs", type=int, help="the preset's own number when left out")
     parser.add_argument("--seed", type=int, default=0)
@@ -37,12 +52,25 @@ def run_train(args: argparse.Namespace) -> int:
     if args.epochs is not None:
         recipe = dataclasses.replace(recipe, epochs=args.epochs)
     train = import_extra("mdf_training.trainer", "training").train
-    provenance = train(args.preset, args.data, args.out, recipe=recipe, resume=args.resume)
+    provenance = train(
+        args.preset,
+        args.data,
+        args.out,
+        recipe=recipe,
+        resume=args.resume,
+        labels=args.labels,
+        mask_kinds=args.mask_kinds,
+        unet_weights=args.unet_weights,
+    )
     print(f"{args.out}: {args.preset}, {recipe.epochs} epochs. {provenance['notice']}")
     print(f"Next: mdf evaluate {args.out} DATA; mdf export {args.out} ENGINE --precision int4")
     if args.json:
         print(json.dumps({"checkpoint": str(args.out), **provenance}))
     return 0
+
+
+def _names(words: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(","))
 
 
 def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,11 +1,11 @@
 """A preset's name in, the one frozen config of a fused model out."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mdf_sdk.errors import CheckpointError
+from mdf_sdk.errors import CheckpointError, InputError
 from mdf_sdk.manifest import ImageSpec, PromptSpec
 
 # CLIP's statistics, which Mllama's own processor uses, and ImageNet's, which U-Net encoders are
@@ -275,3 +275,37 @@ def load_preset(name: str) -> ModelConfig:
         raise CheckpointError(
             f"preset: found {name!r}, expected one of {', '.join(PRESETS)}. Example: --preset nano"
         ) from None
+
+
+def set_task(config: ModelConfig, labels: Sequence[str], mask_kinds: Sequence[str]) -> ModelConfig:
+    """Return a config of another label set, which its instruction and question then name.
+
+    Args:
+        config: a preset's.
+        labels: two or more, in the order of every score array.
+        mask_kinds: one or more, in the order of the mask's channels.
+
+    Raises:
+        InputError: a name is empty or there twice, or there are too few.
+    """
+    for what, names, least in (("labels", labels, 2), ("mask_kinds", mask_kinds, 1)):
+        good = all(name.strip() == name != "" and "<|" not in name for name in names)
+        if isinstance(names, str) or not good or not least <= len(set(names)) == len(names):
+            raise InputError(
+                f"{what}: found {names!r}, expected {least} or more distinct names, none empty or "
+                "with <| in it. Example: --labels 'healthy,glaucoma' --mask-kinds disc,vessel"
+            )
+    old, new = _one_of(config.labels), _one_of(labels)
+    prompt = dataclasses.replace(
+        config.prompt,
+        prefix=config.prompt.prefix.replace(old, new),
+        suffix=config.prompt.suffix.replace(old, new),
+    )
+    return dataclasses.replace(
+        config, labels=tuple(labels), mask_kinds=tuple(mask_kinds), prompt=prompt
+    )
+
+
+def _one_of(labels: Sequence[str]) -> str:
+    """Write labels as a choice: "A, B or C"."""
+    return f"{', '.join(labels[:-1])} or {labels[-1]}"

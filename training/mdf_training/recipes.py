@@ -14,6 +14,12 @@ class Recipe:
         batch_size: cases per step.
         unet_lr, fusion_lr, backbone_lr: peak learning rates. A U-Net and fusion blocks from scratch
             learn faster than a language model forgets.
+        encoder_lr: of a U-Net encoder that starts from ImageNet weights; `unet_lr` otherwise.
+        grafted_lr: of the backbone's vision tower, projector and cross-attention layers, where
+            they start from scratch beside pretrained language weights; `backbone_lr` otherwise.
+            AdamW moves a gate by about its learning rate a step: at 2e-4 it would stay shut.
+        gates: where the gates of cross-attention layers and fusion blocks start, if not where the
+            preset has them. A shut gate passes no gradient to what lies behind it.
         weight_decay: of AdamW, on matrices alone.
         warmup: share of the steps in which the learning rates rise; then they fall as a cosine to
             zero.
@@ -31,6 +37,9 @@ class Recipe:
     unet_lr: float = 2e-3
     fusion_lr: float = 1e-3
     backbone_lr: float = 1e-3
+    encoder_lr: float = 3e-4
+    grafted_lr: float | None = None
+    gates: float | None = None
     weight_decay: float = 0.05
     warmup: float = 0.05
     max_grad_norm: float = 1.0
@@ -56,7 +65,19 @@ class Recipe:
 # Pretrained language weights want a gentler hand than random ones.
 RECIPES = {
     "nano": Recipe(),
-    "smol-135m": Recipe(epochs=20, batch_size=16, backbone_lr=2e-4),
+    # On 859 photographs of four labels: 0.70 of 363 unseen ones right; 0.60 with shut gates and two
+    # to three times the learning rates (one run each, one H100, 2026-11-22).
+    "smol-135m": Recipe(
+        epochs=24,
+        batch_size=16,
+        unet_lr=5e-4,
+        fusion_lr=3e-4,
+        backbone_lr=1e-4,
+        grafted_lr=3e-4,
+        gates=1.0,
+        mask_weight=0.2,
+        drop_text=0.3,
+    ),
     "llama-3.2-11b": Recipe(
         epochs=20, batch_size=8, unet_lr=1e-3, fusion_lr=1e-4, backbone_lr=1e-5
     ),

@@ -4,7 +4,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mdf_sdk.errors import CheckpointError
 from mdf_training.backbone import find_smollm2
-from mdf_training.config import LABELS, ModelConfig
+from mdf_training.config import ModelConfig
 from mdf_training.synthetic import corpus
 
 
@@ -50,7 +50,7 @@ def train_tokenizer(config: ModelConfig) -> Tokenizer:
         show_progress=False,
     )
     # As often as common words of the corpus, or the instruction would be spelled letter by letter.
-    fixed = [config.prompt.prefix, config.prompt.suffix, *LABELS] * 1000
+    fixed = [config.prompt.prefix, config.prompt.suffix, *config.labels] * 1000
     tokenizer.train_from_iterator([*fixed, *corpus(5000, 0)], trainer)
     return tokenizer
 

@@ -23,7 +23,7 @@ from mdf_sdk.prompt import PromptEncoder
 from mdf_training.cases import DataSet
 from mdf_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mdf_training.checkpoint_scorer import CheckpointScorer
-from mdf_training.config import ModelConfig, load_preset
+from mdf_training.config import ModelConfig, load_preset, set_task
 from mdf_training.data import open_data, split_by_patient
 from mdf_training.evaluation import BATCH_SIZE
 from mdf_training.model import MDFModel, PromptTensors, build_model
@@ -31,6 +31,7 @@ from mdf_training.pixels import CasePixels, PixelSet, batches, blank_pixels, sta
 from mdf_training.recipes import RECIPES, Recipe
 from mdf_training.synthetic import NEUTRAL_TEXT
 from mdf_training.tokenizer import load_tokenizer
+from mdf_training.unet_weights import describe_weights, load_unet_weights
 
 NOTICE = "Not for clinical use."
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
@@ -44,6 +45,9 @@ def train(
     *,
     recipe: Recipe | None = None,
     resume: bool = False,
+    labels: Sequence[str] | None = None,
+    mask_kinds: Sequence[str] | None = None,
+    unet_weights: str | os.PathLike[str] | None = None,
     tokenizer_json: str | None = None,
     notice: str = NOTICE,
 ) -> dict[str, Any]:
@@ -54,7 +58,11 @@ def train(
         data: a folder with labels.csv, or "synthetic:COUNT:SEED".
         out: checkpoint directory; new, unless `resume`.
         recipe: the preset's own when left out.
-        resume: go on after the last epoch saved in `out`; same preset, data and recipe.
+        resume: go on after the last epoch saved in `out`; same settings.
+        labels, mask_kinds: what the model tells apart and what it segments; the preset's own when
+            left out.
+        unet_weights: file of ImageNet weights that the U-Net encoder starts from (see
+            `load_unet_weights`).
         tokenizer_json: for a preset whose tokenizer no package carries.
         notice: goes with the checkpoint and every engine made of it.
 
@@ -65,11 +73,24 @@ def train(
         DataError, CheckpointError: what was given cannot be used.
     """
     config = load_preset(preset)
+    config = set_task(
+        config,
+        config.labels if labels is None else labels,
+        config.mask_kinds if mask_kinds is None else mask_kinds,
+    )
     recipe = recipe or RECIPES[config.preset]
     cases = open_data(data, config.labels)
     train_on, held_out = _split(cases, config, recipe)
     rows = sha256(repr(list(cases.rows)).encode()).hexdigest()
-    run = {"preset": preset, "data": str(data), "rows": rows, "recipe": asdict(recipe)}
+    run = {
+        "preset": preset,
+        "labels": config.labels,
+        "mask_kinds": config.mask_kinds,
+        "data": str(data),
+        "rows": rows,
+        "unet_weights": describe_weights(unet_weights) if unet_weights else None,
+        "recipe": asdict(recipe),
+    }
     out = Path(out)
     _check_target(out, run, resume=resume)
 
@@ -82,8 +103,12 @@ def train(
     else:
         tokenizer = tokenizer_json or load_tokenizer(config)
         model = build_model(config)
+        if unet_weights:
+            load_unet_weights(model.unet.encoder, unet_weights)
+        if recipe.gates is not None:
+            open_gates(model, recipe.gates)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    optimizer = build_optimizer(model, recipe)
+    optimizer = build_optimizer(model, recipe, pretrained_encoder=bool(unet_weights))
     if resume:
         _load_optimizer(optimizer, out / OPTIMIZER)
     encoder = PromptEncoder(tokenizer, config.prompt, config.labels)
@@ -121,16 +146,33 @@ def train(
     return provenance
 
 
-def build_optimizer(model: MDFModel, recipe: Recipe) -> torch.optim.AdamW:
+@torch.no_grad()
+def open_gates(model: MDFModel, value: float) -> None:
+    """Set where the gates of cross-attention layers and fusion blocks start, in place."""
+    for name, parameter in model.named_parameters():
+        if (name.startswith("fusion.") and name.endswith(".gate")) or ".cross_attn_" in name:
+            parameter.fill_(value)
+
+
+def build_optimizer(
+    model: MDFModel, recipe: Recipe, *, pretrained_encoder: bool = False
+) -> torch.optim.AdamW:
     """AdamW with a learning rate for each part, and no decay on vectors and gates."""
+    backbone = model.backbone.model
+    text = backbone.language_model
+    cross = [text.layers[i] for i in text.cross_attention_layers]
+    grafted = [backbone.vision_model, backbone.multi_modal_projector, *cross]
     parts: list[tuple[float, list[nn.Module]]] = [
+        (recipe.encoder_lr if pretrained_encoder else recipe.unet_lr, [model.unet.encoder]),
         (recipe.unet_lr, [model.unet]),
         (recipe.fusion_lr, [model.fusion, model.film]),
+        (recipe.backbone_lr if recipe.grafted_lr is None else recipe.grafted_lr, grafted),
         (recipe.backbone_lr, [model.backbone]),
     ]
-    groups = []
+    groups, taken = [], set[Tensor]()
     for lr, modules in parts:
-        parameters = [p for module in modules for p in module.parameters()]
+        parameters = [p for module in modules for p in module.parameters() if p not in taken]
+        taken.update(parameters)
         for decay, chosen in (
             (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
             (0.0, [p for p in parameters if p.ndim <= 1]),
@@ -195,7 +237,7 @@ class _Trainer:
         bar = tqdm(steps, desc=f"epoch {epoch + 1}/{self.recipe.epochs}", leave=False, disable=None)
         for number, batch in enumerate(bar):
             self._set_learning_rates(epoch * len(steps) + number, self.recipe.epochs * len(steps))
-            label_loss, mask_loss = self._losses([self.pixels[i] for i in batch], rng)
+            label_loss, mask_loss = self._losses(self.pixels.read(batch), rng)
             loss = label_loss + self.recipe.mask_weight * mask_loss
             if not torch.isfinite(loss):
                 raise CheckpointError(
@@ -219,7 +261,7 @@ class _Trainer:
         scorer = CheckpointScorer(self.model, self.encoder)
         scores = []
         for batch in batches(indices, BATCH_SIZE):
-            cases = [self.pixels[i] for i in batch]
+            cases = self.pixels.read(batch)
             scores.append(scorer.score(*stack_pixels(cases), [c.row.text for c in cases]))
         labels = [self.pixels.data.rows[i].label for i in indices]
         return torch.from_numpy(np.concatenate(scores)), self._truth(labels)
@@ -300,7 +342,8 @@ def _split(cases: DataSet, config: ModelConfig, recipe: Recipe) -> tuple[list[in
     if unknown:
         raise DataError(
             f"data, column mask: found the kinds {', '.join(unknown)}, expected only "
-            f"{', '.join(config.mask_kinds)}. Rename them, or leave the column empty."
+            f"{', '.join(config.mask_kinds)}. Name the kinds by --mask-kinds, or leave the column "
+            "empty."
         )
     parts = split_by_patient(cases, recipe.validation, recipe.seed)
     for name, indices in zip(("train on", "hold out"), parts, strict=True):

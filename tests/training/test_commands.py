@@ -1,0 +1,32 @@
+"""mdf_training.commands: what the command line names reaches the training."""
+
+from pathlib import Path
+
+import pytest
+
+from mdf_sdk.cli import main
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--labels", "healthy, healthy", "labels: found ('healthy', 'healthy')"),
+        ("--mask-kinds", "disc,disc", "mask_kinds: found ('disc', 'disc')"),
+        ("--unet-weights", "none.pth", "none.pth: No such file or directory; expected a file"),
+    ],
+)
+def test_a_value_that_no_run_can_use_is_refused_before_anything_is_written(
+    option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "train",
+        "--preset",
+        "nano",
+        "--data",
+        "synthetic:40:1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*words, option, value]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
