@@ -1,13 +1,10 @@
 """An engine directory in, single-stream latency, stages and peak memory out."""
 
-import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mdf_sdk import MDFClassifier, Prediction
+from mdf_sdk.machine import machine_card
 
 WARM_UP = 5
 PHOTOGRAPH_PX = 512
@@ -65,7 +63,7 @@ def measure(
         "peak_host_bytes": peak_host_bytes(),
         "warm_up_queries": WARM_UP,
         "threads": threads,
-        "machine": machine_card(),
+        "machine": machine_card(("mdf-mllm", "numpy", "onnxruntime")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -79,17 +77,6 @@ def summarize(samples_ms: npt.NDArray[np.float64]) -> dict[str, float]:
         "p90_ms": float(p90),
         "p99_ms": float(p99),
         "n": len(samples_ms),
-    }
-
-
-def machine_card() -> dict[str, Any]:
-    """Say what ran: processor, cores, system, versions."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("mdf-mllm", "numpy", "onnxruntime")},
     }
 
 
@@ -121,12 +108,3 @@ def _photograph() -> npt.NDArray[np.uint8]:
     distance = np.hypot(from_center[:, None], from_center)
     image[distance > 0.48 * PHOTOGRAPH_PX] = 0
     return image
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

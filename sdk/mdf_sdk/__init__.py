@@ -20,6 +20,7 @@ from mdf_sdk.errors import (
     ManifestError,
     MDFError,
     MissingExtraError,
+    StorageError,
     TextError,
 )
 from mdf_sdk.manifest import Manifest, check_files, load_manifest
@@ -47,6 +48,7 @@ __all__ = [
     "ManifestError",
     "MissingExtraError",
     "Prediction",
+    "StorageError",
     "TextError",
     "VerifyReport",
     "__version__",

@@ -101,15 +101,27 @@ def _describe(engine_dir: str, manifest: "Manifest") -> str:
     megabytes = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     precisions = ", ".join(f"{name} {block.precision}" for name, block in manifest.blocks.items())
     versions = ", ".join(f"{name} {version}" for name, version in manifest.built_with.items())
+    quantization = manifest.quantization
+    how: str = quantization.method
+    if how != "none":
+        how += f", blocks of {quantization.block_size}"
+        how += f", calibrated on {quantization.calibration}" if quantization.calibration else ""
+        how += f", {len(quantization.kept)} linears kept finer" if quantization.kept else ""
     lines = [
         f"{engine_dir}: {manifest.model} {manifest.precision}, {megabytes:.1f} MB",
         f"  labels      {', '.join(manifest.labels)} (temperature {manifest.temperature:g})",
         f"  masks       {', '.join(manifest.mask_kinds) or 'none'}",
         f"  blocks      {precisions}",
+        f"  quantized   {how}",
         f"  pixels      {manifest.image.tower_px} tower, {manifest.image.unet_px} U-Net",
         f"  text        at most {manifest.prompt.max_text_tokens} tokens",
-        f"  created     {manifest.created} with {versions}",
+        f"  built with  {versions}",
         f"  checkpoint  {manifest.checkpoint}",
+    ]
+    lines += [
+        f"  plan        {plan.file}: {plan.builder}, cards {', '.join(plan.compute_capabilities)}, "
+        f"{manifest.files[plan.file].bytes / 1e6:.1f} MB"
+        for plan in manifest.plans
     ]
     if manifest.notice:
         lines.append(f"  notice      {manifest.notice}")

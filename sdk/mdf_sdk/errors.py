@@ -11,6 +11,7 @@
     │   ├── BackendUnavailableError   not installed, or no such device
     │   └── BackendRunError     it failed while loading or running a block
     ├── MissingExtraError       a command or class needs an extra that is not installed
+    ├── StorageError            the disk: full, or not writable
     ├── DataError               a data set (names row and column)
     └── CheckpointError         a training checkpoint
 
@@ -60,6 +61,10 @@ class BackendRunError(BackendError):
 
 class MissingExtraError(MDFError, ImportError):
     """A package that an extra brings is not installed."""
+
+
+class StorageError(MDFError):
+    """The disk is full, or cannot be written to."""
 
 
 class DataError(MDFError, ValueError):

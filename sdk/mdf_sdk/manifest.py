@@ -23,10 +23,12 @@ MANIFEST_NAME = "manifest.json"
 EMBEDDINGS_NAME = "embeddings.npy"
 TOKENIZER_NAME = "tokenizer.json"
 GOLDEN_NAME = "golden.npz"
+PLANS_NAME = "plans"
 FORMAT_NAME = "mdf-engine"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-Precision = Literal["fp32", "fp16", "int4"]
+Precision = Literal["fp32", "fp16", "fp8", "int8", "int4"]
+QuantizationMethod = Literal["none", "rtn", "gptq"]
 BLOCKS = ("vision", "unet_encoder", "fusion", "decoder", "unet_decoder")
 
 _MAX_MANIFEST_BYTES = 4_000_000  # one of 40 layers has some 30 kB
@@ -95,6 +97,47 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
+class QuantizationSpec:
+    """How the matrices of the decoder and the fusion became integers.
+
+    Attributes:
+        method: "none"; "rtn", round to nearest; "gptq" (Frantar et al., 2022).
+        block_size: weights along K that share a scale.
+        calibration: the cases that GPTQ saw, such as "synthetic:64:5"; empty without GPTQ.
+        kept: linears that were left in another precision than their block's, by name.
+    """
+
+    method: QuantizationMethod
+    block_size: int
+    calibration: str
+    kept: dict[str, Precision]
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """A TensorRT plan: a block, or one of the consecutive parts that a large block is cut into.
+
+    Attributes:
+        block: that it belongs to; the parts of a block stand in the order in which they run.
+        file: POSIX path relative to the directory.
+        builder: package and version that compiled it, e.g. "tensorrt_rtx 1.7.1.116".
+        compute_capabilities: cards it runs on, e.g. ("8.6", "8.9", "12.0").
+        inputs, outputs: its bindings.
+        profile: (min, opt, max) of each free dimension.
+        build_s: seconds that it took to compile.
+    """
+
+    block: str
+    file: str
+    builder: str
+    compute_capabilities: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profile: dict[str, tuple[int, int, int]]
+    build_s: float
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """SHA-256 (64 lower-case hex digits) and size of one file."""
 
@@ -113,9 +156,10 @@ class Manifest:
         labels: the label set, in score order.
         mask_kinds: channels of the mask, e.g. ("vessel", "lesion", "disc").
         temperature: scores are divided by it before softmax (Guo et al., 2017).
+        quantization: of the decoder and the fusion.
         blocks: by name, one for each of BLOCKS.
+        plans: what `mdf compile` added; empty as exported.
         files: by POSIX path relative to the directory; every file but the manifest itself.
-        created: UTC, ISO 8601.
         checkpoint: SHA-256 over the checkpoint's tensors' files and config, the model's identity.
         built_with: versions of the exporting packages.
     """
@@ -128,9 +172,10 @@ class Manifest:
     temperature: float
     image: ImageSpec
     prompt: PromptSpec
+    quantization: QuantizationSpec
     blocks: dict[str, BlockSpec]
+    plans: tuple[PlanSpec, ...]
     files: dict[str, FileEntry]
-    created: str
     checkpoint: str
     built_with: dict[str, str]
 
@@ -181,7 +226,9 @@ def save_manifest(manifest: Manifest, engine_dir: str | os.PathLike[str]) -> Non
 def check_files(engine_dir: str | os.PathLike[str], manifest: Manifest) -> None:
     """Check that the directory holds the manifest's files, bit for bit, and nothing else.
 
-    Reads every byte once and parses none of them.
+    Surplus files in `plans` are overlooked: an interrupted `mdf compile` leaves some, no one opens
+    a plan that is not listed, and the next `mdf compile` removes them. Reads every byte of the
+    listed files once and parses none of them.
 
     Raises:
         IntegrityError: a file is missing, altered, surplus, a link, or outside the directory.
@@ -200,9 +247,10 @@ def check_files(engine_dir: str | os.PathLike[str], manifest: Manifest) -> None:
                 kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "a special file"
                 raise _damaged(name, kind, "a regular file")
         for name in found.keys() - manifest.files.keys() - {MANIFEST_NAME}:
-            raise _damaged(
-                name, "a file that the manifest does not list", "none", cure="Remove it. "
-            )
+            if not name.startswith(f"{PLANS_NAME}/"):
+                raise _damaged(
+                    name, "a file that the manifest does not list", "none", cure="Remove it. "
+                )
         for name, entry in manifest.files.items():
             if name not in found:
                 raise _damaged(name, "no such file", f"{entry.bytes} bytes")
@@ -349,13 +397,25 @@ def _check_values(manifest: Manifest) -> None:
             block.file,
             "a name listed in files",
         )
-        for kind in ("inputs", "outputs"):
-            tensors: tuple[TensorSpec, ...] = getattr(block, kind)
-            where = f"blocks.{name}.{kind}"
-            names = [tensor.name for tensor in tensors]
-            need(0 < len(set(names)) == len(names), where, names, "distinct names")
-            for tensor in tensors:
-                need(tensor.dtype in _DTYPES, where, tensor.dtype, f"a dtype among {_DTYPES}")
+        _check_tensors(block, f"blocks.{name}")
+    for i, plan in enumerate(manifest.plans):
+        where = f"plans[{i}]"
+        need(plan.block in BLOCKS, f"{where}.block", plan.block, f"one of {', '.join(BLOCKS)}")
+        listed = plan.file in manifest.files and plan.file.startswith(f"{PLANS_NAME}/")
+        need(listed, f"{where}.file", plan.file, f"a name in {PLANS_NAME}/, listed in files")
+        capabilities = plan.compute_capabilities
+        known = capabilities and all(re.fullmatch(r"\d+\.\d", c) for c in capabilities)
+        need(bool(known), f"{where}.compute_capabilities", capabilities, 'some, such as "8.9"')
+        _check_tensors(plan, where)
+        free = {d for tensor in plan.inputs for d in tensor.shape if isinstance(d, str)}
+        names = sorted(plan.profile)
+        need(set(names) == free, f"{where}.profile", names, f"the free dimensions {sorted(free)}")
+        for name, bounds in plan.profile.items():
+            rising = 1 <= bounds[0] <= bounds[1] <= bounds[2]
+            need(rising, f"{where}.profile.{name}", bounds, "1 <= min <= opt <= max")
+        need(plan.build_s >= 0, f"{where}.build_s", plan.build_s, "seconds")
+    files = [plan.file for plan in manifest.plans]
+    need(len(set(files)) == len(files), "plans", files, "distinct files")
     for name in (EMBEDDINGS_NAME, TOKENIZER_NAME, GOLDEN_NAME):
         need(name in manifest.files, "files", f"no {name}", "it listed")
     need(MANIFEST_NAME not in manifest.files, "files", MANIFEST_NAME, "every file but the manifest")
@@ -363,6 +423,16 @@ def _check_values(manifest: Manifest) -> None:
         hexadecimal = re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None
         need(hexadecimal, f"files.{name}.sha256", entry.sha256, "64 lower-case hex digits")
         need(entry.bytes >= 0, f"files.{name}.bytes", entry.bytes, "a size")
+
+
+def _check_tensors(bound: BlockSpec | PlanSpec, where: str) -> None:
+    for kind, tensors in (("inputs", bound.inputs), ("outputs", bound.outputs)):
+        names = [tensor.name for tensor in tensors]
+        if not 0 < len(set(names)) == len(names):
+            raise _wrong(f"{where}.{kind}", repr(names)[:100], "distinct names")
+        for tensor in tensors:
+            if tensor.dtype not in _DTYPES:
+                raise _wrong(f"{where}.{kind}", repr(tensor.dtype), f"a dtype among {_DTYPES}")
 
 
 def _walk(directory: Path, root: Path) -> Iterator[tuple[str, os.stat_result]]:

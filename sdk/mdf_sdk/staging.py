@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""A directory that appears whole or not at all, and one whose making can be resumed."""
 
 import os
 import shutil
@@ -22,10 +22,7 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: `target` is taken and `replace` is not set, or nothing can be made beside it.
     """
     target = target.resolve()
-    if target.exists() and not target.is_dir():
-        raise _taken(target)
-    if not replace and target.exists() and any(target.iterdir()):
-        raise _taken(target)
+    check_free(target, replace=replace)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = _beside(target, ".partial")
@@ -36,17 +33,28 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         ) from error
     try:
         yield staging
-        _share(staging)
         if replace and target.exists():
+            _share(staging)
             _swap(staging, target)
         else:
-            _take_name(staging, target)
+            take_name(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _take_name(staging: Path, target: Path) -> None:
-    """Rename onto a name that is free or an empty directory; what came there meanwhile stays."""
+def check_free(target: Path, *, replace: bool = False) -> None:
+    """Raise InputError where `target` is a file, or a directory that is not empty or replaced."""
+    if target.exists() and (not target.is_dir() or (not replace and any(target.iterdir()))):
+        raise _taken(target)
+
+
+def take_name(staging: Path, target: Path) -> None:
+    """Rename onto a name that is free or an empty directory; what came there meanwhile stays.
+
+    Raises:
+        InputError: something came there.
+    """
+    _share(staging)
     try:
         if target.exists():
             target.rmdir()

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdf_sdk import EngineError, IntegrityError, ManifestError, MDFError, check_files, load_manifest
-from mdf_sdk.manifest import FileEntry, digest, save_manifest
+from mdf_sdk.manifest import FileEntry, PlanSpec, digest, save_manifest
 
 Document = dict[str, Any]
 
@@ -40,8 +40,8 @@ def test_a_directory_without_manifest_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_version_says_both_versions_and_the_cure(toy_copy: Path) -> None:
-    change(toy_copy, lambda document: document.update(version=2))
-    with pytest.raises(ManifestError, match=r"version 2, expected 1.*mdf export.*mdf-mllm"):
+    change(toy_copy, lambda document: document.update(version=1))
+    with pytest.raises(ManifestError, match=r"version 1, expected 2.*mdf export.*mdf-mllm"):
         load_manifest(toy_copy)
 
 
@@ -78,6 +78,71 @@ def test_a_wrong_field_is_named(
 ) -> None:
     change(toy_copy, edit)
     with pytest.raises(ManifestError, match=field):
+        load_manifest(toy_copy)
+
+
+def plan_of_vision(engine_dir: Path) -> PlanSpec:
+    """A plan of the toy's vision block; its file is written, the manifest is not."""
+    spec = load_manifest(engine_dir).blocks["vision"]
+    (engine_dir / "plans").mkdir()
+    (engine_dir / "plans" / "vision.plan").write_bytes(b"plan")
+    return PlanSpec(
+        block="vision",
+        file="plans/vision.plan",
+        builder="tensorrt_rtx 1.7",
+        compute_capabilities=("8.9", "12.0"),
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        profile={"batch": (1, 1, 8)},
+        build_s=1.5,
+    )
+
+
+def add_plan(engine_dir: Path) -> None:
+    """List a plan in the manifest."""
+    manifest, plan = load_manifest(engine_dir), plan_of_vision(engine_dir)
+    files = manifest.files | {plan.file: digest(engine_dir / plan.file)}
+    save_manifest(dataclasses.replace(manifest, plans=(plan,), files=files), engine_dir)
+
+
+def test_an_engine_with_a_plan_is_loaded_and_whole(toy_copy: Path) -> None:
+    add_plan(toy_copy)
+    manifest = load_manifest(toy_copy)
+    assert manifest.plans[0].profile == {"batch": (1, 1, 8)}
+    check_files(toy_copy, manifest)
+
+
+@pytest.mark.parametrize(
+    ("edit", "field"),
+    [
+        (lambda p: p.update(block="tower"), "block: found 'tower', expected one of vision"),
+        (lambda p: p.update(file="plans/absent.plan"), "file: found 'plans/absent.plan'"),
+        (lambda p: p.update(file="vision.onnx"), r"file: found 'vision\.onnx', expected .*plans/"),
+        (lambda p: p.update(compute_capabilities=[]), "compute_capabilities"),
+        (lambda p: p.update(compute_capabilities=["sm89"]), "compute_capabilities"),
+        (lambda p: p.update(inputs=[]), "inputs: found"),
+        (lambda p: p["outputs"][0].update(dtype="int4"), "outputs: found 'int4'"),
+        (lambda p: p.update(profile={}), r"profile: found \[\], expected .*batch"),
+        (lambda p: p["profile"].update(T=[1, 1, 1]), "profile: found"),
+        (lambda p: p.update(profile={"batch": [1, 9, 8]}), r"profile\.batch"),
+        (lambda p: p.update(profile={"batch": [0, 1, 8]}), r"profile\.batch"),
+        (lambda p: p.update(profile={"batch": [1, 8]}), r"profile\.batch"),
+        (lambda p: p.update(build_s=-1), "build_s"),
+    ],
+)
+def test_a_wrong_field_of_a_plan_is_named(
+    toy_copy: Path, edit: Callable[[Document], object], field: str
+) -> None:
+    add_plan(toy_copy)
+    change(toy_copy, lambda document: edit(document["plans"][0]))
+    with pytest.raises(ManifestError, match=rf"plans\[0\]\.{field}"):
+        load_manifest(toy_copy)
+
+
+def test_one_file_is_one_plan(toy_copy: Path) -> None:
+    add_plan(toy_copy)
+    change(toy_copy, lambda document: document["plans"].append(document["plans"][0]))
+    with pytest.raises(ManifestError, match=r"plans: found .*distinct files"):
         load_manifest(toy_copy)
 
 
@@ -144,6 +209,25 @@ def test_a_manifest_that_would_not_load_is_not_saved(toy_engine: Path, tmp_path:
 
 def test_a_whole_engine_passes(toy_engine: Path) -> None:
     check_files(toy_engine, load_manifest(toy_engine))
+
+
+def test_what_an_interrupted_compilation_left_is_overlooked(toy_copy: Path) -> None:
+    plan_of_vision(toy_copy)
+    check_files(toy_copy, load_manifest(toy_copy))
+
+
+def test_a_listed_plan_is_checked_like_every_file(toy_copy: Path) -> None:
+    add_plan(toy_copy)
+    (toy_copy / "plans" / "vision.plan").write_bytes(b"plam")
+    with pytest.raises(IntegrityError, match=r"plans/vision\.plan: found SHA-256"):
+        check_files(toy_copy, load_manifest(toy_copy))
+
+
+def test_a_link_among_the_plans_is_refused(toy_copy: Path) -> None:
+    plan_of_vision(toy_copy)
+    (toy_copy / "plans" / "link").symlink_to("vision.plan")
+    with pytest.raises(IntegrityError, match="plans/link: found a symbolic link"):
+        check_files(toy_copy, load_manifest(toy_copy))
 
 
 def flip_a_byte(path: Path) -> None:

@@ -19,6 +19,7 @@ from mdf_sdk.manifest import (
     ImageSpec,
     Manifest,
     PromptSpec,
+    QuantizationSpec,
     TensorSpec,
     digest,
     save_manifest,
@@ -101,12 +102,13 @@ def build_toy_engine(engine_dir: Path, *, score_bias: float = 0.0) -> Manifest:
         temperature=1.5,
         image=ImageSpec(TOWER_PX, UNET_PX, (0.5,) * 3, (0.25,) * 3, (0.4,) * 3, (0.2,) * 3),
         prompt=PROMPT,
+        quantization=QuantizationSpec("none", 0, "", {}),
         blocks={
             block: BlockSpec(f"{block}.onnx", "fp32", inputs, outputs)
             for block, (inputs, outputs) in _BINDINGS.items()
         },
+        plans=(),
         files={},
-        created="2026-01-01T00:00:00Z",
         checkpoint="0" * 64,
         built_with={"mdf-mllm": "0.1.0"},
     )
