@@ -1,47 +1,133 @@
-"""A float weight in, symmetric INT4 codes and scales per group along K out, and back."""
+"""A float weight in, symmetric integer codes and one scale per group along K out, and back."""
 
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass
 
-Float32 = npt.NDArray[np.float32]
-Int8 = npt.NDArray[np.int8]
+import torch
+from torch import Tensor
+
+BITS = {"int4": 4, "int8": 8}
+# Shrinkages of a group's widest scale that a search tries: clipping an outlier can pay, and where
+# one feature's activations dwarf the others', the scale that suits it can be far smaller.
+SHRINKAGES = torch.linspace(1.0, 0.2, 33)
 
 
-def quantize_int4(weight: Float32, block_size: int) -> tuple[Int8, Float32]:
-    """Round to the nearest of 16 levels, with no zero point and nothing clipped.
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight (K, N) as integers: x[..., order] @ (codes * scales) is what the engine computes.
+
+    Attributes:
+        codes: int8 (K, N) in [-2 ** (bits - 1), 2 ** (bits - 1) - 1].
+        scales: float32 (K / block_size, N), positive as TensorRT demands, and exactly
+            representable in float16, as an engine stores them.
+        bits: 4 or 8.
+        order: int64 (K,), the input feature that each row of the codes belongs to; None where
+            they stand in their own order.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    order: Tensor | None = None
+
+    @property
+    def block_size(self) -> int:
+        return self.codes.shape[0] // self.scales.shape[0]
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that it stands for: float32 (N, K), features in their own order."""
+        weight = (self.codes * self.scales.repeat_interleave(self.block_size, dim=0)).T
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+
+@dataclass(frozen=True)
+class Float8Weight:
+    """A weight (K, N) and its input in FLOAT8E4M3FN (Micikevicius et al., 2022).
+
+    Attributes:
+        codes: float8_e4m3fn (K, N).
+        scales: float32 (N,), positive.
+        input_scale: of x, for the whole tensor: x / input_scale fits the type.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    input_scale: float
+
+
+def to_float8(weight: Tensor, input_max: float) -> Float8Weight:
+    """Scale a weight (N, K) by output feature, and its input by the largest magnitude seen."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scales = _storable(weight.float().abs().amax(dim=1) / largest)  # (N,)
+    codes = (weight.float() / scales[:, None]).clamp(-largest, largest).T.contiguous()
+    return Float8Weight(codes.to(torch.float8_e4m3fn), scales, max(input_max, 1e-3) / largest)
+
+
+def round_to_nearest(
+    weight: Tensor, bits: int, block_size: int, *, search: bool = False
+) -> QuantizedWeight:
+    """Round each weight to the nearest level of its group.
 
     Args:
-        weight: float32 (K, N), finite; K a multiple of block_size.
+        weight: float (N, K), finite; K a multiple of block_size.
+        bits: 4 or 8.
         block_size: weights along K that share a scale.
-
-    Returns:
-        codes: int8 (K, N) in [-8, 7].
-        scales: float32 (K / block_size, N), positive as TensorRT demands; |weight - code * scale|
-            <= scale / 2.
+        search: take for each group the scale with the least squared error, instead of the one that
+            clips nothing.
     """
-    k, n = weight.shape
-    blocks = weight.reshape(k // block_size, block_size, n)
-    scales = np.maximum(blocks.max(axis=1) / 7, -blocks.min(axis=1) / 8)  # (K / block_size, N)
-    scales = np.where(scales > 0, scales, 1.0).astype(np.float32)
-    codes = np.clip(np.rint(blocks / scales[:, None]), -8, 7).astype(np.int8)
-    return codes.reshape(k, n), scales
+    n, k = weight.shape
+    groups = weight.float().reshape(n, k // block_size, block_size)
+    scales = search_scales(groups, bits) if search else widest_scales(groups, bits)
+    codes = round_to_levels(groups, scales[..., None], bits).to(torch.int8).reshape(n, k)
+    return QuantizedWeight(codes.T.contiguous(), scales.T.contiguous(), bits)
 
 
-def dequantize_int4(codes: Int8, scales: Float32) -> Float32:
-    """Return float32 (K, N): codes times the scale of their block."""
-    return codes * scales.repeat(codes.shape[0] // scales.shape[0], axis=0)
+def widest_scales(groups: Tensor, bits: int) -> Tensor:
+    """Return the smallest scales (...) that clip nothing of the groups (..., block_size)."""
+    high = 2 ** (bits - 1)
+    scales = torch.maximum(groups.amax(-1) / (high - 1), groups.amin(-1) / -high)
+    return _storable(scales)
 
 
-def pack_int4(codes: Int8) -> bytes:
-    """Pack int8 codes in [-8, 7] as ONNX does: two to a byte, the first in the low nibble."""
-    nibbles = (codes.reshape(-1) & 0x0F).astype(np.uint8)
-    if nibbles.size % 2:
-        nibbles = np.append(nibbles, np.uint8(0))
-    return (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+def search_scales(groups: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """Return the scales (...) of least squared error among shrunken ones.
+
+    Args:
+        groups: float32 (..., block_size).
+        bits: 4 or 8.
+        importance: weight of each squared error, broadcastable to the groups.
+    """
+    widest = widest_scales(groups, bits)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for shrinkage in SHRINKAGES.tolist():
+        scales = _storable(widest * shrinkage)
+        levels = round_to_levels(groups, scales[..., None], bits)
+        error = levels.mul_(scales[..., None]).sub_(groups).square_()
+        error = (error if importance is None else error.mul_(importance)).sum(-1)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best
 
 
-def unpack_int4(packed: bytes, shape: tuple[int, int]) -> Int8:
-    """Inverse of pack_int4."""
-    bytes_ = np.frombuffer(packed, np.uint8)
-    nibbles = np.stack([bytes_ & 0x0F, bytes_ >> 4], axis=1).reshape(-1)[: shape[0] * shape[1]]
-    return ((nibbles ^ 8).astype(np.int8) - 8).reshape(shape)
+def round_to_levels(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Return the codes of a weight, still in its float type, given scales that broadcast to it."""
+    high = 2 ** (bits - 1)
+    return (weight / scales).round_().clamp_(-high, high - 1)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack int8 codes in [-8, 7] (K, N) as ONNX does: uint8 (K * N / 2,), the first in the low
+    nibble; K * N is even."""
+    nibbles = codes.reshape(-1).view(torch.uint8) & 0x0F
+    return nibbles[::2] | nibbles[1::2] << 4
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """Inverse of pack_int4: int8 (K, columns)."""
+    nibbles = torch.stack([packed & 0x0F, packed >> 4], dim=-1)
+    return ((nibbles ^ 8).to(torch.int8) - 8).reshape(-1, columns)
+
+
+def _storable(scales: Tensor) -> Tensor:
+    """Positive, and what float16 can hold: an engine's scales are float16."""
+    scales = scales.half().float()
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
