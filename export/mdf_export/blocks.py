@@ -1,4 +1,4 @@
-"""A fused model in, the five blocks of an engine out, one ONNX graph each.
+"""A streamed checkpoint in, the five blocks of an engine out, one ONNX graph each.
 
 Dimensions in the graphs: B batch, T fed tokens (all but the constant prefix), S prefix and fed
 tokens, V vision tokens, D width, K labels.
@@ -6,223 +6,338 @@ tokens, V vision tokens, D width, K labels.
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.numpy_helper
 import torch
 from torch import Tensor, nn
 
-from mdf_export.graph import DTYPES, INLINE_BYTES, OPSET, FloatType, GraphBuilder
+from mdf_export.graph import DTYPES, OPSET, GraphBuilder, Weight, save_graph
+from mdf_export.quantize import BITS, QuantizedWeight, round_to_nearest, to_float8
+from mdf_export.recipe import ExportRecipe
+from mdf_export.streaming import StreamedCheckpoint
+from mdf_sdk.errors import CheckpointError
 from mdf_sdk.manifest import BlockSpec, Precision, TensorSpec
 from mdf_sdk.prompt import PromptEncoder
 from mdf_training.model import MDFModel, decode_mask
 
 SKIPS = tuple(f"skip_{i}" for i in range(4))
 FEATURES = (*SKIPS, "bottleneck")
+# Relative L2. Rounding to 4 bits moves a weight by some 10 %; another model's is 100 % away.
+MAX_GIVEN_ERROR = 0.3
 _INT64_MAX = 2**63 - 1
 
 
-def build_vision(
-    model: MDFModel, folder: Path, precision: Precision, float_type: FloatType
-) -> BlockSpec:
+def check_given(name: str, given: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
+    """Return a weight of a GPTQ checkpoint, if it is this model's.
+
+    Raises:
+        CheckpointError: another shape, or too far from the checkpoint's own weight.
+    """
+    stands_for = given.dequantize().to(weight.device)
+    if stands_for.shape != weight.shape:
+        found, expected = f"of {list(stands_for.shape)}", f"{list(weight.shape)}"
+    else:
+        error = float((stands_for - weight).norm() / weight.norm())
+        if error <= MAX_GIVEN_ERROR:
+            return given
+        found, expected = (
+            f"{error:.0%} away from the checkpoint's",
+            f"{MAX_GIVEN_ERROR:.0%} at most",
+        )
+    raise CheckpointError(
+        f"GPTQ checkpoint, {name}: found a weight {found}, expected {expected}. It was made of "
+        "another model: leave --gptq-checkpoint out, and the export calibrates by itself."
+    )
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """What every block is built from.
+
+    Attributes:
+        checkpoint: its weights are on disk until a layer is written.
+        recipe: the precisions.
+        given: by linear, what a GPTQ checkpoint has.
+        calibrated: by linear, what GPTQ made here; the rest is rounded to nearest.
+        input_max: by linear of an fp8 block, the largest magnitude of its input.
+    """
+
+    checkpoint: StreamedCheckpoint
+    recipe: ExportRecipe
+    given: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    calibrated: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    input_max: Mapping[str, float] = field(default_factory=dict)
+
+    def builder(self, block: str, folder: Path | None) -> GraphBuilder:
+        """Begin a block's graph."""
+        recipe = self.recipe
+        precision = recipe.block_precision(block)
+
+        def store(linear: nn.Linear) -> Weight:
+            return self.weight(linear, precision)
+
+        return GraphBuilder(folder, block, precision, recipe.float_type, store)
+
+    def weight(self, linear: nn.Linear, precision: Precision) -> Weight:
+        """Return a loaded linear's weight in the form in which the engine stores it."""
+        name = self.checkpoint.name_of(linear)
+        if name in self.given:
+            return check_given(name, self.given[name], linear.weight)
+        if name in self.calibrated:
+            return self.calibrated[name]
+        precision = self.recipe.kept.get(name, precision)
+        block_size = self.recipe.block_size
+        if precision in BITS and linear.in_features % block_size == 0:
+            return round_to_nearest(linear.weight, BITS[precision], block_size)
+        if precision == "fp8" and name in self.input_max:
+            return to_float8(linear.weight, self.input_max[name])
+        return linear.weight
+
+
+def build_block(name: str, source: BlockSource, folder: Path | None) -> int:
+    """Write one of the five graphs; with no folder, only count.
+
+    Returns:
+        Bytes of its weights.
+    """
+    if name == "decoder":
+        return build_decoder(source, source.checkpoint.prompt_encoder(), folder)
+    build = {
+        "vision": build_vision,
+        "unet_encoder": build_unet_encoder,
+        "fusion": build_fusion,
+        "unet_decoder": build_unet_decoder,
+    }[name]
+    return build(source, folder)
+
+
+def build_vision(source: BlockSource, folder: Path | None) -> int:
     """Vision tower and projector: tower_pixels (B, 3, S, S) -> vision_states (B, V, D)."""
-    tower: Any = model.backbone.model.vision_model
+    model = source.checkpoint.model.backbone.model
+    tower: Any = model.vision_model
+    loaded = source.checkpoint.loaded
     side, width, patches = tower.image_size, tower.hidden_size, tower.num_patches
     padding = -patches % 8  # stock Mllama pads, and real patches attend to the padding
-    with GraphBuilder(folder, "vision", precision, float_type) as g:
+    with source.builder("vision", folder) as g:
         x = g.input("tower_pixels", ("B", 3, side, side), "float32")
-        x = g.op("Cast", x, to=DTYPES[float_type])
-        x = g.op(
-            "Conv", x, g.constant(tower.patch_embedding.weight), strides=[tower.patch_size] * 2
-        )
-        x = g.op("Transpose", g.op("Reshape", x, g.ints(0, width, -1)), perm=[0, 2, 1])
-        x = g.op("Add", x, g.constant(_tile_embedding(tower.pre_tile_positional_embedding)))
-        class_token = g.constant(tower.class_embedding.reshape(1, 1, width))
-        x = g.op("Concat", g.tile_batch(class_token, x, (1, width)), x, axis=1)
-        x = g.op(
-            "Add", x, g.constant(_position_embedding(tower.gated_positional_embedding, patches))
-        )
-        x = _layer_norm(g, x, tower.layernorm_pre)
+        x = g.op("Cast", x, to=DTYPES[g.float_type])
+        with loaded(tower.patch_embedding), g.scope("patch_embedding"):
+            weight = g.constant(tower.patch_embedding.weight, "weight")
+            x = g.op("Conv", x, weight, strides=[tower.patch_size] * 2)
+            x = g.op("Transpose", g.op("Reshape", x, g.ints(0, width, -1)), perm=[0, 2, 1])
+        x = _add_positions(g, x, source.checkpoint)
         if padding:
             zeros = g.constant(torch.zeros(1, padding, width))
             x = g.op("Concat", x, g.tile_batch(zeros, x, (padding, width)), axis=1)
         kept = []
         for index, layer in enumerate(tower.transformer.layers):
-            x = _vision_layer(g, x, layer, patches, padding)
+            with loaded(layer), g.scope(f"layers.{index}"):
+                x = _vision_layer(g, x, layer, patches, padding)
             if index in tower.intermediate_layers_indices:
                 kept.append(g.op("Unsqueeze", x, g.ints(-1)))
-        x = _layer_norm(g, x, tower.layernorm_post)
-        x = g.op("Add", x, g.constant(_tile_embedding(tower.post_tile_positional_embedding)))
-        for layer in tower.global_transformer.layers:
-            x = _vision_layer(g, x, layer, patches, padding)
+        with loaded(tower.layernorm_post), g.scope("layernorm_post"):
+            x = _layer_norm(g, x, tower.layernorm_post)
+        with loaded(tower.post_tile_positional_embedding):
+            x = g.op("Add", x, g.constant(_tile_embedding(tower.post_tile_positional_embedding)))
+        for index, layer in enumerate(tower.global_transformer.layers):
+            with loaded(layer), g.scope(f"global_layers.{index}"):
+                x = _vision_layer(g, x, layer, patches, padding)
         stacked = g.op("Reshape", g.op("Concat", *kept, axis=-1), g.ints(0, 0, -1))
         x = g.op("Concat", x, stacked, axis=-1)
         x = g.op("Slice", x, g.ints(0), g.ints(patches), g.ints(1))
-        projector = model.backbone.model.multi_modal_projector
-        x = g.linear(x, projector.weight, projector.bias)
-        g.output("vision_states", x, ("B", patches, projector.out_features))
+        with loaded(model.multi_modal_projector):
+            x = g.linear(x, "projector", model.multi_modal_projector)
+        g.output("vision_states", x, ("B", patches, model.multi_modal_projector.out_features))
         return g.save()
 
 
-def build_fusion(
-    model: MDFModel, folder: Path, precision: Precision, float_type: FloatType
-) -> BlockSpec:
+def build_fusion(source: BlockSource, folder: Path | None) -> int:
     """Skips into vision states, then cross-attention keys and values (B, V, kv_width)."""
+    model, loaded = source.checkpoint.model, source.checkpoint.loaded
     config = model.config
     patches = model.backbone.model.vision_model.num_patches
-    with GraphBuilder(folder, "fusion", precision, float_type) as g:
+    with source.builder("fusion", folder) as g:
         vision_states = g.input("vision_states", ("B", patches, config.text["hidden_size"]))
         states = dict.fromkeys(config.text["cross_attention_layers"], vision_states)
         channels = model.unet.encoder.out_channels[1:5]
         for i, (layer, block) in enumerate(zip(config.fusion.layers, model.fusion, strict=True)):
             side = config.image.unet_px >> (i + 1)
             skip = g.input(SKIPS[i], ("B", channels[i], side, side))
-            states[layer] = _fuse(g, vision_states, skip, block)
+            with loaded(block), g.scope(f"fusion.{i}"):
+                states[layer] = _fuse(g, vision_states, skip, block)
         for layer, value in states.items():
             attention = model.backbone.model.language_model.layers[layer].cross_attn
-            norm = attention.k_norm
-            keys = g.head_norm(
-                g.linear(value, attention.k_proj.weight), norm.weight, norm.variance_epsilon
-            )
+            with loaded(attention), g.scope(f"layers.{layer}/cross_attention"):
+                norm = attention.k_norm
+                # Apart: joined, 1,601 patches took 2 % longer on an H100.
+                keys = g.linear(value, "k_proj", attention.k_proj)
+                values = g.linear(value, "v_proj", attention.v_proj)
+                keys = g.head_norm(keys, norm.weight, norm.variance_epsilon)
             shape = ("B", patches, attention.k_proj.out_features)
             g.output(f"cross_key_{layer}", keys, shape)
-            g.output(f"cross_value_{layer}", g.linear(value, attention.v_proj.weight), shape)
+            g.output(f"cross_value_{layer}", values, shape)
         return g.save()
 
 
-def build_decoder(
-    model: MDFModel,
-    encoder: PromptEncoder,
-    folder: Path,
-    precision: Precision,
-    float_type: FloatType,
-) -> BlockSpec:
+def build_decoder(source: BlockSource, encoder: PromptEncoder, folder: Path | None) -> int:
     """Language model: embedded tokens -> label scores (B, K) and pooled states (B, F, D).
 
     The instruction's keys and values are constants joined in front of each self-attention's own.
+    The output of layer i is the tensor /decoder/layers.i/output.
     """
-    config = model.config
-    text = model.backbone.model.language_model
+    checkpoint = source.checkpoint
+    config = checkpoint.config
+    text: Any = checkpoint.model.backbone.model.language_model
     width, prefix = config.text["hidden_size"], len(encoder.prefix_ids)
     heads, kv_heads = config.text["num_attention_heads"], config.text["num_key_value_heads"]
     kv_width = width // heads * kv_heads
-    patches = model.backbone.model.vision_model.num_patches
-    constants = _prefix_keys_values(model, encoder)
+    patches = checkpoint.model.backbone.model.vision_model.num_patches
+    constants = _prefix_keys_values(checkpoint, encoder)
     longest = prefix + 1 + config.prompt.max_text_tokens + len(encoder.suffix_ids)
     # ONNX Runtime wants as many rows as there are tokens, though labels share their positions.
     cos, sin = _rotary_cache(text, longest + sum(len(ids) for ids in encoder.label_ids))
 
-    with GraphBuilder(folder, "decoder", precision, float_type) as g:
+    with source.builder("decoder", folder) as g:
         x = g.input("inputs_embeds", ("B", "T", width))
         position_ids = g.input("position_ids", ("B", "T"), "int64")
         mask = g.input("attention_mask", ("B", 1, "T", "S"), "bool")
         body_mask = g.input("body_mask", ("B", "T"))
         count = g.op("ReduceSum", body_mask, g.ints(1), keepdims=1)
         pool = g.op("Unsqueeze", g.op("Div", body_mask, count), g.ints(1))  # (B, 1, T)
-        cos_cache, sin_cache = g.constant(cos), g.constant(sin)
+        cos_cache, sin_cache = g.constant(cos, "cos"), g.constant(sin, "sin")
         pooled: dict[int, str] = {}
         for index, layer in enumerate(text.layers):
-            h = _rms_norm(g, x, layer.input_layernorm)
-            if index in constants:
-                attention = layer.self_attn
-                q, k, v = (
-                    g.linear(h, p.weight)
-                    for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-                )
-                q = g.op("RotaryEmbedding", q, cos_cache, sin_cache, position_ids, num_heads=heads)
-                k = g.op(
-                    "RotaryEmbedding", k, cos_cache, sin_cache, position_ids, num_heads=kv_heads
-                )
-                prefix_k, prefix_v = (
-                    g.tile_batch(g.constant(c), x, (prefix, kv_width)) for c in constants[index]
-                )
-                k, v = g.op("Concat", prefix_k, k, axis=1), g.op("Concat", prefix_v, v, axis=1)
-                h = g.attention(q, k, v, heads, kv_heads, mask)
-                x = g.op("Add", x, g.linear(h, attention.o_proj.weight))
-                x = g.op("Add", x, _text_mlp(g, x, layer))
-            else:
-                attention = layer.cross_attn
-                norm = attention.q_norm
-                q = g.linear(h, attention.q_proj.weight)
-                q = g.head_norm(q, norm.weight, norm.variance_epsilon)
-                k, v = (
-                    g.input(f"cross_{kind}_{index}", ("B", patches, kv_width))
-                    for kind in ("key", "value")
-                )
-                h = g.linear(g.attention(q, k, v, heads, kv_heads), attention.o_proj.weight)
-                if index in config.fusion.layers:
-                    pooled[index] = g.op("MatMul", pool, h)  # (B, 1, D)
-                x = g.op("Add", x, _gated(g, h, layer.cross_attn_attn_gate))
-                x = g.op("Add", x, _gated(g, _text_mlp(g, x, layer), layer.cross_attn_mlp_gate))
-        scores = _label_scores(g, x, model, encoder)
+            last = index == len(text.layers) - 1
+            with checkpoint.loaded(layer), g.scope(f"layers.{index}"):
+                h = _rms_norm(g, x, layer.input_layernorm)
+                if index in constants:
+                    with g.scope("self_attention"):
+                        attention = layer.self_attn
+                        q, k, v = g.linears(
+                            h,
+                            q_proj=attention.q_proj,
+                            k_proj=attention.k_proj,
+                            v_proj=attention.v_proj,
+                        )
+                        q, k = (
+                            g.op(
+                                "RotaryEmbedding",
+                                t,
+                                cos_cache,
+                                sin_cache,
+                                position_ids,
+                                num_heads=n,
+                            )
+                            for t, n in ((q, heads), (k, kv_heads))
+                        )
+                        k, v = (
+                            g.op(
+                                "Concat",
+                                g.tile_batch(g.constant(constant, "prefix"), x, (prefix, kv_width)),
+                                fed,
+                                axis=1,
+                            )
+                            for constant, fed in zip(constants[index], (k, v), strict=True)
+                        )
+                        h = g.attention(q, k, v, heads, kv_heads, mask)
+                        h = g.linear(h, "o_proj", attention.o_proj)
+                else:
+                    with g.scope("cross_attention"):
+                        attention = layer.cross_attn
+                        norm = attention.q_norm
+                        q = g.linear(h, "q_proj", attention.q_proj)
+                        q = g.head_norm(q, norm.weight, norm.variance_epsilon)
+                        k, v = (
+                            g.input(f"cross_{kind}_{index}", ("B", patches, kv_width))
+                            for kind in ("key", "value")
+                        )
+                        h = g.attention(q, k, v, heads, kv_heads)
+                        h = g.linear(h, "o_proj", attention.o_proj)
+                        if index in config.fusion.layers:
+                            pooled[index] = g.op("MatMul", pool, h)  # (B, 1, D)
+                        h = _gated(g, h, layer.cross_attn_attn_gate)
+                x = g.op("Add", x, h)
+                if last:  # what follows works token by token, and only labels are scored
+                    x = _score_rows(g, x, encoder)
+                h = _text_mlp(g, x, layer)
+                if index not in constants:
+                    h = _gated(g, h, layer.cross_attn_mlp_gate)
+                x = g.name_output(g.op("Add", x, h), "output")
+        with checkpoint.loaded(text.norm, checkpoint.model.backbone.lm_head):
+            scores = _label_scores(g, x, checkpoint.model, encoder)
         g.output("scores", scores, ("B", len(encoder.labels)), "float32")
         joined = g.op("Concat", *(pooled[i] for i in config.fusion.layers), axis=1)
         g.output("pooled", joined, ("B", len(pooled), width))
         return g.save()
 
 
+# The U-Net stays in float32: on photographs FiLM's output reached 2.2e5 (smol-135m), past float16's
+# 65504, and the mask was gone.
 class _UNetEncoder(nn.Module):
-    def __init__(self, model: MDFModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: MDFModel) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.encoder = copy.deepcopy(model.unet.encoder).to("cpu", dtype).eval()
+        self.encoder = copy.deepcopy(model.unet.encoder).to("cpu").eval()
 
     def forward(self, unet_pixels: Tensor) -> tuple[Tensor, ...]:
-        _, *features = self.encoder(unet_pixels.to(self.dtype))
+        _, *features = self.encoder(unet_pixels)
         return tuple(features)
 
 
 class _UNetDecoder(nn.Module):
-    def __init__(self, model: MDFModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: MDFModel) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(model.unet).to("cpu", dtype).eval()
-        self.film = copy.deepcopy(model.film).to("cpu", dtype).eval()
+        self.unet = copy.deepcopy(model.unet).to("cpu").eval()
+        self.film = copy.deepcopy(model.film).to("cpu").eval()
 
     def forward(self, *tensors: Tensor) -> Tensor:
         *skips, bottleneck, pooled = tensors
-        return decode_mask(self.unet, self.film, skips, bottleneck, pooled).sigmoid().float()
+        return decode_mask(self.unet, self.film, skips, bottleneck, pooled).sigmoid()
 
 
-def build_unet_encoder(
-    model: MDFModel, folder: Path, precision: Precision, float_type: FloatType
-) -> BlockSpec:
+def build_unet_encoder(source: BlockSource, folder: Path | None) -> int:
     """U-Net encoder: unet_pixels (B, 3, U, U) -> four skips and the bottleneck (B, C, H, W)."""
-    module = _UNetEncoder(model, getattr(torch, float_type))
+    model = source.checkpoint.model
+    if folder is None:
+        return _convolution_bytes(source, "unet_encoder", model.unet.encoder)
     pixels = torch.zeros(2, 3, model.config.image.unet_px, model.config.image.unet_px)
-    return _export_module(
-        folder, "unet_encoder", precision, module, {"unet_pixels": pixels}, FEATURES
-    )
+    with source.checkpoint.loaded(model.unet.encoder):
+        module = _UNetEncoder(model)
+    return _export_module(source, folder, "unet_encoder", module, {"unet_pixels": pixels}, FEATURES)
 
 
-def build_unet_decoder(
-    model: MDFModel, folder: Path, precision: Precision, float_type: FloatType
-) -> BlockSpec:
+def build_unet_decoder(source: BlockSource, folder: Path | None) -> int:
     """FiLM and U-Net decoder: features, pooled states -> mask (B, M, U, U), probabilities."""
-    dtype, config = getattr(torch, float_type), model.config
+    model = source.checkpoint.model
+    if folder is None:
+        parts = (model.unet.decoder, model.unet.segmentation_head, model.film)
+        return _convolution_bytes(source, "unet_decoder", *parts)
+    config = model.config
     channels = model.unet.encoder.out_channels[1:]
     inputs = {
-        name: torch.zeros(2, c, *2 * (config.image.unet_px >> (i + 1),), dtype=dtype)
+        name: torch.zeros(2, c, *2 * (config.image.unet_px >> (i + 1),))
         for i, (name, c) in enumerate(zip(FEATURES, channels, strict=True))
     }
-    inputs["pooled"] = torch.zeros(
-        2, len(config.fusion.layers), config.text["hidden_size"], dtype=dtype
-    )
-    return _export_module(
-        folder, "unet_decoder", precision, _UNetDecoder(model, dtype), inputs, ("mask",)
-    )
+    inputs["pooled"] = torch.zeros(2, len(config.fusion.layers), config.text["hidden_size"])
+    with source.checkpoint.loaded(model.unet, model.film):
+        module = _UNetDecoder(model)
+    return _export_module(source, folder, "unet_decoder", module, inputs, ("mask",))
 
 
 def _export_module(
+    source: BlockSource,
     folder: Path,
     name: str,
-    precision: Precision,
     module: nn.Module,
     inputs: dict[str, Tensor],
     outputs: tuple[str, ...],
-) -> BlockSpec:
+) -> int:
     """Export a convolutional block through torch's own exporter, the batch left free."""
+    precision = source.recipe.block_precision(name)
     path = folder / f"{name}.onnx"
     batch = torch.export.Dim("B", min=1, max=1024)
     with warnings.catch_warnings(), torch.no_grad():
@@ -240,15 +355,54 @@ def _export_module(
         )
         assert program is not None
     proto = _without_traces(program.model_proto)
-    onnx.save(
-        proto,
-        path,
-        save_as_external_data=True,
-        location=f"{path.name}.data",
-        size_threshold=INLINE_BYTES,
+    if precision == "int8":
+        _quantize_convolutions(proto.graph)
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    save_graph(proto, path)
+    return size
+
+
+def _convolution_bytes(source: BlockSource, block: str, *modules: nn.Module) -> int:
+    """Count what torch's exporter will write; it takes no weights on the meta device."""
+    int8 = source.recipe.block_precision(block) == "int8"
+    return sum(
+        weight.numel() * (1 if int8 and isinstance(part, nn.Conv2d) else 4)
+        for module in modules
+        for part in module.modules()
+        for weight in part.parameters(recurse=False)
     )
-    onnx.checker.check_model(path)
-    return BlockSpec(path.name, precision, _specs(proto.graph.input), _specs(proto.graph.output))
+
+
+def read_spec(path: Path, precision: Precision) -> BlockSpec:
+    """Read a finished block's bindings off its graph."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return BlockSpec(path.name, precision, _specs(graph.input), _specs(graph.output))
+
+
+def _quantize_convolutions(graph: onnx.GraphProto) -> None:
+    """Store each convolution's weight as INT8, one scale for an output channel."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[1] in weights:
+            tensor = weights[node.input[1]]
+            weight = onnx.numpy_helper.to_array(tensor)
+            flat = torch.tensor(weight.reshape(len(weight), -1)).float()
+            quantized = round_to_nearest(flat, BITS["int8"], flat.shape[1])
+            name = tensor.name
+            codes = quantized.codes.T.reshape(weight.shape).contiguous().numpy()
+            scales = quantized.scales[0].numpy().astype(weight.dtype)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(codes, name))
+            graph.initializer.append(onnx.numpy_helper.from_array(scales, f"{name}.scales"))
+            node.input[1] = f"{name}.dequantized"
+            nodes.append(
+                onnx.helper.make_node(
+                    "DequantizeLinear", [name, f"{name}.scales"], [node.input[1]], axis=0
+                )
+            )
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -305,18 +459,37 @@ def _position_embedding(embedding: Any, patches: int) -> Tensor:
     )[None]
 
 
+def _add_positions(g: GraphBuilder, x: str, checkpoint: StreamedCheckpoint) -> str:
+    """Tile embedding, class token, position embedding, first layer norm."""
+    tower: Any = checkpoint.model.backbone.model.vision_model
+    width = tower.hidden_size
+    parts = (
+        tower.pre_tile_positional_embedding,
+        tower.gated_positional_embedding,
+        tower.layernorm_pre,
+    )
+    with checkpoint.loaded(*parts):
+        x = g.op("Add", x, g.constant(_tile_embedding(tower.pre_tile_positional_embedding)))
+        class_token = g.constant(
+            checkpoint.read(tower, "class_embedding").reshape(1, 1, width), "class_embedding"
+        )
+        x = g.op("Concat", g.tile_batch(class_token, x, (1, width)), x, axis=1)
+        positions = _position_embedding(tower.gated_positional_embedding, tower.num_patches)
+        x = g.op("Add", x, g.constant(positions, "positions"))
+        return _layer_norm(g, x, tower.layernorm_pre)
+
+
 def _vision_layer(g: GraphBuilder, x: str, layer: Any, patches: int, padding: int) -> str:
-    attention = layer.self_attn
+    attention, mlp = layer.self_attn, layer.mlp
     h = _layer_norm(g, x, layer.input_layernorm)
-    q, k, v = (
-        g.linear(h, p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = g.linears(
+        h, q_proj=attention.q_proj, k_proj=attention.k_proj, v_proj=attention.v_proj
     )
     h = _tower_attention(g, q, k, v, attention.num_heads, patches, padding)
-    h = g.linear(h, attention.o_proj.weight)
+    h = g.linear(h, "o_proj", attention.o_proj)
     x = g.op("Add", x, _gated(g, h, layer.gate_attn) if layer.is_gated else h)
     h = _layer_norm(g, x, layer.post_attention_layernorm)
-    h = g.op("Gelu", g.linear(h, layer.mlp.fc1.weight, layer.mlp.fc1.bias))
-    h = g.linear(h, layer.mlp.fc2.weight, layer.mlp.fc2.bias)
+    h = g.linear(g.op("Gelu", g.linear(h, "fc1", mlp.fc1)), "fc2", mlp.fc2)
     return g.op("Add", x, _gated(g, h, layer.gate_ffn) if layer.is_gated else h)
 
 
@@ -341,32 +514,35 @@ def _tower_attention(
 
 def _fuse(g: GraphBuilder, states: str, skip: str, block: Any) -> str:
     proj = block.patch_proj
-    x = g.op(
-        "Conv", skip, g.constant(proj.weight), g.constant(proj.bias), strides=list(proj.stride)
-    )
+    weight, bias = g.constant(proj.weight, "patch_proj"), g.constant(proj.bias, "patch_bias")
+    x = g.op("Conv", skip, weight, bias, strides=list(proj.stride))
     x = g.op("Transpose", g.op("Reshape", x, g.ints(0, proj.out_channels, -1)), perm=[0, 2, 1])
-    x = _layer_norm(g, g.op("Add", x, g.constant(block.position[None])), block.patch_norm)
-    q = g.linear(_layer_norm(g, states, block.state_norm), block.q_proj.weight)
-    k, v = g.linear(x, block.k_proj.weight), g.linear(x, block.v_proj.weight)
-    h = g.linear(g.attention(q, k, v, block.heads, block.heads), block.o_proj.weight)
+    x = g.op("Add", x, g.constant(block.position[None], "position"))
+    x = _layer_norm(g, x, block.patch_norm)
+    q = g.linear(_layer_norm(g, states, block.state_norm), "q_proj", block.q_proj)
+    k, v = g.linear(x, "k_proj", block.k_proj), g.linear(x, "v_proj", block.v_proj)
+    h = g.linear(g.attention(q, k, v, block.heads, block.heads), "o_proj", block.o_proj)
     return g.op("Add", states, g.op("Mul", h, g.constant(block.alpha * block.gate.tanh())))
 
 
 def _text_mlp(g: GraphBuilder, x: str, layer: Any) -> str:
-    h = _rms_norm(g, x, layer.post_attention_layernorm)
-    gate = g.linear(h, layer.mlp.gate_proj.weight)
-    silu = g.op("Mul", gate, g.op("Sigmoid", gate))
-    h = g.op("Mul", silu, g.linear(h, layer.mlp.up_proj.weight))
-    return g.linear(h, layer.mlp.down_proj.weight)
+    with g.scope("mlp"):
+        h = _rms_norm(g, x, layer.post_attention_layernorm)
+        gate, up = g.linears(h, gate_proj=layer.mlp.gate_proj, up_proj=layer.mlp.up_proj)
+        h = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+        return g.linear(h, "down_proj", layer.mlp.down_proj)
+
+
+def _score_rows(g: GraphBuilder, x: str, encoder: PromptEncoder) -> str:
+    """The last body token and the fed label tokens: the rows that predict label tokens."""
+    rows = 1 + sum(len(ids) - 1 for ids in encoder.label_ids)
+    return g.op("Slice", x, g.ints(-rows), g.ints(_INT64_MAX), g.ints(1))
 
 
 def _label_scores(g: GraphBuilder, x: str, model: MDFModel, encoder: PromptEncoder) -> str:
     """Log-probabilities (B, K) as PromptEncoder.score_pairs has them, from label rows."""
     pairs = encoder.score_pairs()
-    # The last body token and the fed label tokens.
-    rows = 1 + sum(len(ids) - 1 for ids in encoder.label_ids)
     vocabulary = list(encoder.label_vocabulary)
-    x = g.op("Slice", x, g.ints(-rows), g.ints(_INT64_MAX), g.ints(1))
     x = _rms_norm(g, x, model.backbone.model.language_model.norm)
     logits = g.op("MatMul", x, g.constant(model.backbone.lm_head.weight[vocabulary].T))
     log_probs = g.op("LogSoftmax", g.op("Cast", logits, to=onnx.TensorProto.FLOAT), axis=-1)
@@ -385,7 +561,7 @@ def _label_scores(g: GraphBuilder, x: str, model: MDFModel, encoder: PromptEncod
 
 @torch.no_grad()
 def _prefix_keys_values(
-    model: MDFModel, encoder: PromptEncoder
+    checkpoint: StreamedCheckpoint, encoder: PromptEncoder
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys (rotated) and values (1, P, kv_heads * d) of the instruction in every self-attention
     layer.
@@ -393,9 +569,10 @@ def _prefix_keys_values(
     The instruction sees no image, so its cross-attention layers add nothing; a text-only forward
     skips them.
     """
-    text = model.backbone.model.language_model
-    ids = torch.tensor([encoder.prefix_ids], device=text.embed_tokens.weight.device)
-    cache = text(input_ids=ids, use_cache=True).past_key_values
+    text = checkpoint.model.backbone.model.language_model
+    ids = torch.tensor([encoder.prefix_ids], device=checkpoint.device)
+    with checkpoint.flowing():
+        cache = text(input_ids=ids, use_cache=True).past_key_values
     return {
         index: tuple(
             t.transpose(1, 2).flatten(2)

@@ -1,37 +1,43 @@
 """A checkpoint directory in, an engine directory out."""
 
+import json
 import os
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
-from mdf_export.blocks import (
-    build_decoder,
-    build_fusion,
-    build_unet_decoder,
-    build_unet_encoder,
-    build_vision,
-)
+from mdf_export.blocks import BlockSource, build_block, read_spec
+from mdf_export.calibration import QuantizedStore, calibrate
 from mdf_export.golden import save_golden
-from mdf_export.graph import FloatType
-from mdf_sdk.errors import CheckpointError, InputError
+from mdf_export.gptq_checkpoint import GptqCheckpoint
+from mdf_export.planning import check_disk, plan_engine
+from mdf_export.quantize import QuantizedWeight
+from mdf_export.recipe import ExportRecipe
+from mdf_export.resuming import RESULT, resumed_directory
+from mdf_export.streaming import StreamedCheckpoint
+from mdf_export.tensorrt import Package, compile_engine, import_compiler
+from mdf_sdk.errors import CheckpointError, InputError, StorageError
 from mdf_sdk.manifest import (
+    BLOCKS,
     EMBEDDINGS_NAME,
     GOLDEN_NAME,
+    MANIFEST_NAME,
     TOKENIZER_NAME,
     BlockSpec,
     Manifest,
     Precision,
+    QuantizationSpec,
     digest,
     save_manifest,
 )
-from mdf_sdk.staging import staged_directory
-from mdf_training.checkpoint import Checkpoint, checkpoint_digest, load_checkpoint
+from mdf_sdk.staging import check_free
+from mdf_training.checkpoint import checkpoint_digest
 
+Target = Literal["onnx", "tensorrt-rtx", "tensorrt"]
 BUILT_WITH = (
     "mdf-mllm",
     "torch",
@@ -42,76 +48,177 @@ BUILT_WITH = (
 )
 
 
+@torch.no_grad()
 def build_engine(
     checkpoint_dir: str | os.PathLike[str],
     engine_dir: str | os.PathLike[str],
-    precision: Precision,
+    recipe: ExportRecipe | Precision,
+    *,
+    gptq_checkpoint: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    targets: Sequence[Target] = ("onnx",),
 ) -> Manifest:
-    """Export a checkpoint.
+    """Export a checkpoint; an interrupted export goes on where it stopped when it is called again.
 
     Args:
         checkpoint_dir: as `mdf train` writes it.
         engine_dir: new or empty; it appears when everything is in it, or not at all.
-        precision: "fp32"; "fp16"; or "int4", which quantizes the language model and the fusion
-            (symmetric, round to nearest, blocks of 32 along K) and leaves the vision tower and the
-            U-Net at float16.
+        recipe: precisions and calibration; a precision alone takes the defaults of the rest.
+        gptq_checkpoint: a Hugging Face directory with language weights that GPTQ has quantized
+            already; what it leaves dense is quantized here.
+        device: "cpu" or "cuda": where PyTorch computes.
+        targets: the portable graphs, "onnx", are always in it; "tensorrt-rtx" and "tensorrt" add
+            plans as `compile_engine` makes them by default.
 
     Raises:
-        InputError: unknown precision, or `engine_dir` is taken.
+        InputError: `engine_dir` is taken, or is being made by another process.
         CheckpointError: `checkpoint_dir` holds no usable checkpoint.
+        DataError: the calibration set is unusable.
+        StorageError: the disk is too small.
     """
-    if precision not in get_args(Precision):
-        raise InputError(
-            f"precision: found {precision!r}, expected one of {', '.join(get_args(Precision))}"
+    checkpoint_dir, engine_dir = Path(checkpoint_dir), Path(engine_dir)
+    if isinstance(recipe, str):
+        recipe = ExportRecipe(recipe)
+    check_free(engine_dir)
+    check_device(device)
+    packages = _check_targets(targets)
+    checkpoint = StreamedCheckpoint.open(checkpoint_dir, device)
+    notice = checkpoint.provenance.get("notice")
+    if not isinstance(notice, str):
+        raise CheckpointError(
+            f"{checkpoint_dir}/provenance.json: found no notice, expected the text that is printed "
+            'with every result, such as "Not for clinical use."'
         )
-    with staged_directory(Path(engine_dir)) as staging:
-        checkpoint = load_checkpoint(checkpoint_dir)
-        config = checkpoint.config
-        notice = checkpoint.provenance.get("notice")
-        if not isinstance(notice, str):
-            raise CheckpointError(
-                f"{checkpoint_dir}/provenance.json: found no notice, expected the text that is "
-                'printed with every result, such as "Not for clinical use."'
+    given = GptqCheckpoint(Path(gptq_checkpoint)) if gptq_checkpoint else {}
+    plan = plan_engine(checkpoint.config, checkpoint.tokenizer_json, recipe)
+    check_disk(plan, recipe, engine_dir)
+    model_digest, versions = checkpoint_digest(checkpoint_dir), _versions()
+    identity = {
+        "checkpoint": model_digest,
+        "recipe": recipe.to_dict(),
+        "gptq_checkpoint": str(gptq_checkpoint),
+        "built_with": versions,
+    }
+    try:
+        with resumed_directory(engine_dir, json.dumps(identity, sort_keys=True)) as work:
+            source = _quantize(checkpoint, recipe, given, work)
+            result = work / RESULT
+            blocks = _write_blocks(source, result)
+            _write_rest(checkpoint, recipe, result)
+            config = checkpoint.config
+            manifest = Manifest(
+                model=config.preset,
+                precision=recipe.precision,
+                notice=notice,
+                labels=config.labels,
+                mask_kinds=config.mask_kinds,
+                temperature=config.temperature,
+                image=config.image,
+                prompt=config.prompt,
+                quantization=_quantization(recipe),
+                blocks=blocks,
+                plans=(),
+                files={path.name: digest(path) for path in _files(result)},
+                checkpoint=model_digest,
+                built_with=versions,
             )
-        blocks = build_blocks(checkpoint, staging, precision)
-        np.save(staging / EMBEDDINGS_NAME, _embeddings(checkpoint, precision))
-        (staging / TOKENIZER_NAME).write_text(checkpoint.tokenizer_json, encoding="utf-8")
-        save_golden(checkpoint, staging / GOLDEN_NAME)
-        manifest = Manifest(
-            model=config.preset,
-            precision=precision,
-            notice=notice,
-            labels=config.labels,
-            mask_kinds=config.mask_kinds,
-            temperature=config.temperature,
-            image=config.image,
-            prompt=config.prompt,
-            blocks=blocks,
-            files={path.name: digest(path) for path in sorted(staging.iterdir())},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            checkpoint=checkpoint_digest(Path(checkpoint_dir)),
-            built_with={name: metadata.version(name) for name in BUILT_WITH},
-        )
-        save_manifest(manifest, staging)
+            save_manifest(manifest, result)
+            for package in packages:
+                manifest = compile_engine(result, package=package)
+    except OSError as error:
+        raise _storage_error(engine_dir, error) from error
     return manifest
 
 
-def build_blocks(
-    checkpoint: Checkpoint, folder: Path, precision: Precision
-) -> dict[str, BlockSpec]:
-    """Write the five graphs of a checkpoint into a folder."""
-    model = checkpoint.model
-    float_type: FloatType = "float32" if precision == "fp32" else "float16"
-    dense: Precision = "fp32" if precision == "fp32" else "fp16"
-    return {
-        "vision": build_vision(model, folder, dense, float_type),
-        "unet_encoder": build_unet_encoder(model, folder, dense, float_type),
-        "fusion": build_fusion(model, folder, precision, float_type),
-        "decoder": build_decoder(model, checkpoint.prompt_encoder(), folder, precision, float_type),
-        "unet_decoder": build_unet_decoder(model, folder, dense, float_type),
-    }
+def _quantize(
+    checkpoint: StreamedCheckpoint,
+    recipe: ExportRecipe,
+    given: Mapping[str, QuantizedWeight],
+    work: Path,
+) -> BlockSource:
+    """Calibrate, unless that is done already: the work directory keeps each linear's result."""
+    if not recipe.calibrates:
+        return BlockSource(checkpoint, recipe, given=given)
+    store = QuantizedStore(work / "quantized")
+    done = work / "input_max.json"
+    if not done.exists():
+        input_max = calibrate(checkpoint, recipe, store, given)
+        unfinished = done.with_suffix(".part")
+        unfinished.write_text(json.dumps(input_max), encoding="utf-8")
+        unfinished.replace(done)
+    input_max = json.loads(done.read_text(encoding="utf-8"))
+    return BlockSource(checkpoint, recipe, given, store, input_max)
 
 
-def _embeddings(checkpoint: Checkpoint, precision: Precision) -> npt.NDArray[np.floating]:
-    weight = checkpoint.model.backbone.model.language_model.embed_tokens.weight.detach().numpy()
-    return weight if precision == "fp32" else weight.astype(np.float16)
+def _write_blocks(source: BlockSource, folder: Path) -> dict[str, BlockSpec]:
+    """Write the graphs that an earlier call has not finished: a block's .onnx file comes last."""
+    specs = {}
+    for name in BLOCKS:
+        path = folder / f"{name}.onnx"
+        if not path.exists():
+            build_block(name, source, folder)
+        specs[name] = read_spec(path, source.recipe.block_precision(name))
+    return specs
+
+
+def _write_rest(checkpoint: StreamedCheckpoint, recipe: ExportRecipe, folder: Path) -> None:
+    """Embeddings, tokenizer, golden tensors."""
+    embedding = checkpoint.model.backbone.model.language_model.embed_tokens
+    rows = checkpoint.read(embedding, "weight").cpu().numpy()
+    np.save(folder / EMBEDDINGS_NAME, rows.astype(recipe.float_type))
+    (folder / TOKENIZER_NAME).write_text(checkpoint.tokenizer_json, encoding="utf-8")
+    save_golden(checkpoint, folder / GOLDEN_NAME)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What the manifest lists: not the manifest, and no plans of an export that was interrupted."""
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST_NAME]
+
+
+def _quantization(recipe: ExportRecipe) -> QuantizationSpec:
+    if not recipe.quantizes:
+        return QuantizationSpec("none", 0, "", {})
+    calibration = f"{recipe.calibration_cases} of {recipe.calibration}"
+    return QuantizationSpec(
+        recipe.method,
+        recipe.block_size,
+        calibration if recipe.method == "gptq" else "",
+        dict(recipe.kept),
+    )
+
+
+def _check_targets(targets: Sequence[Target]) -> list[Package]:
+    """Return the compilers to call; one that is not installed is told before the work begins."""
+    unknown = [target for target in targets if target not in get_args(Target)]
+    if unknown:
+        raise InputError(
+            f"target: found {', '.join(unknown)}, expected some of {', '.join(get_args(Target))}"
+        )
+    packages: list[Package] = []
+    for package in get_args(Package):
+        if package.replace("_", "-") in targets:
+            import_compiler(package)
+            packages.append(package)
+    return packages
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in BUILT_WITH}
+
+
+def check_device(device: str) -> None:
+    """Raise InputError for a device that PyTorch cannot compute on here."""
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device: found {device!r}, expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device: found no CUDA device that PyTorch can use, expected one. Export on the CPU: "
+            "--device cpu"
+        )
+
+
+def _storage_error(engine_dir: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{engine_dir}: the export stopped ({error.strerror or error}), expected to be able to "
+        "write. Mend that and give the same command again: it goes on where it stopped."
+    )

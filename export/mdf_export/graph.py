@@ -1,6 +1,7 @@
 """Node by node to one ONNX graph, its weights streamed to a file of external data beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -8,51 +9,68 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from onnx import TensorProto, helper
-from torch import Tensor
+from torch import Tensor, nn
 
-from mdf_export.quantize import pack_int4, quantize_int4
-from mdf_sdk.manifest import BlockSpec, Precision, TensorSpec
+from mdf_export.quantize import Float8Weight, QuantizedWeight, pack_int4
+from mdf_sdk.manifest import Precision, TensorSpec
 
 OPSET = 23
 IR_VERSION = 11
-# A size that both ONNX Runtime's fused CUDA kernel and TensorRT-RTX take.
-BLOCK_SIZE = 32
 INLINE_BYTES = 1024  # shapes, indices and scalars stay in the graph
 ALIGNMENT = 4096  # of external tensors, so that a runtime can memory-map them
 
 FloatType = Literal["float32", "float16"]
+Weight = Tensor | QuantizedWeight | Float8Weight
 DTYPES: dict[str, int] = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "int64": TensorProto.INT64,
     "bool": TensorProto.BOOL,
 }
+_INTEGERS = {4: TensorProto.INT4, 8: TensorProto.INT8}
 
 
 class GraphBuilder:
     """Builds one block; a context manager, because it holds the file of external data open.
 
-    Values are the names of tensors, as in ONNX.
+    Values are the names of tensors, as in ONNX. Nodes and weights are named by the `scope` that
+    they are added in: /decoder/layers.3/cross_attention/q_proj/MatMul.
+
+    Attributes:
+        weight_bytes: of all initializers so far.
     """
 
     def __init__(
-        self, folder: Path, name: str, precision: Precision, float_type: FloatType
+        self,
+        folder: Path | None,
+        name: str,
+        precision: Precision,
+        float_type: FloatType,
+        store: Callable[[nn.Linear], Weight],
     ) -> None:
         """Args:
-        folder: receives {name}.onnx and {name}.onnx.data.
+        folder: receives {name}.onnx and {name}.onnx.data; None only counts bytes, and takes
+            weights on the meta device.
         name: of the block.
-        precision: "int4" quantizes what `linear` is given.
+        precision: as the manifest will say.
         float_type: of activations and of weights that are not quantized.
+        store: gives a linear's weight in the form in which the graph holds it.
         """
         self.folder, self.name = folder, name
         self.precision, self.float_type = precision, float_type
+        self.weight_bytes = 0
+        self._store = store
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._inputs: list[TensorSpec] = []
         self._outputs: list[TensorSpec] = []
-        self._count = 0
-        self._data: BinaryIO = (folder / f"{name}.onnx.data").open("wb")
+        self._scope = f"/{name}"
+        self._taken: dict[str, int] = {}
+        self._data: BinaryIO | None = None
+        if folder is not None:
+            self._data = (folder / f"{name}.onnx.data").open("wb")
 
     def __enter__(self) -> "GraphBuilder":
         return self
@@ -63,7 +81,15 @@ class GraphBuilder:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._data.close()
+        if self._data is not None:
+            self._data.close()
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Add what follows under a name."""
+        outer, self._scope = self._scope, f"{self._scope}/{name}"
+        yield
+        self._scope = outer
 
     def input(self, name: str, shape: tuple[int | str, ...], dtype: str | None = None) -> str:
         """Declare an input; dtype is the block's float type unless told."""
@@ -74,36 +100,64 @@ class GraphBuilder:
         self, name: str, value: str, shape: tuple[int | str, ...], dtype: str | None = None
     ) -> None:
         """Give a value its public name."""
-        self._nodes.append(helper.make_node("Identity", [value], [name]))
+        self._nodes.append(
+            helper.make_node("Identity", [value], [name], name=f"/{self.name}/{name}")
+        )
         self._outputs.append(TensorSpec(name, dtype or self.float_type, shape))
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Append a node of the default domain and return its first output."""
-        self._count += 1
-        output = f"{kind}_{self._count}"
-        self._nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-        return output
+        return self.split_op(kind, 1, *inputs, **attributes)[0]
 
-    def constant(self, value: npt.ArrayLike | Tensor) -> str:
+    def split_op(self, kind: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
+        """Append a node of several outputs and return them."""
+        name = self._unique(kind)
+        values = [f"{name}_{i}" if outputs > 1 else name for i in range(outputs)]
+        self._nodes.append(helper.make_node(kind, inputs, values, name=name, **attributes))
+        return values
+
+    def name_output(self, value: str, name: str) -> str:
+        """Rename the last node's output, so that it can be found: {scope}/{name}."""
+        assert self._nodes[-1].output[0] == value
+        self._nodes[-1].output[0] = self._unique(name)
+        return self._nodes[-1].output[0]
+
+    def constant(self, value: npt.ArrayLike | Tensor, name: str = "constant") -> str:
         """Add an initializer; floats become the block's float type, integers and booleans stay."""
-        array = _to_numpy(value)
-        if array.dtype.kind == "f":
-            array = array.astype(self.float_type)
-        return self._initializer(DTYPES[array.dtype.name], array.shape, array.tobytes())
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+        if tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, self.float_type))
+        return self._initializer(name, DTYPES[str(tensor.dtype).removeprefix("torch.")], tensor)
 
     def ints(self, *values: int) -> str:
         """Add a one-dimensional int64 constant: a shape, axes, or bounds."""
         return self.constant(np.array(values, np.int64))
 
-    def linear(self, x: str, weight: Tensor, bias: Tensor | None = None) -> str:
-        """x @ weight.T + bias, the weight (N, K) quantized where the block is int4."""
-        k_by_n = np.ascontiguousarray(_to_numpy(weight.detach().float()).T)
-        if self.precision == "int4" and k_by_n.shape[0] % BLOCK_SIZE == 0:
-            matrix = self._int4(k_by_n)
-        else:
-            matrix = self.constant(k_by_n)
-        y = self.op("MatMul", x, matrix)
-        return y if bias is None else self.op("Add", y, self.constant(bias))
+    def linear(self, x: str, name: str, linear: nn.Linear) -> str:
+        """Apply a linear layer under a name, its weight in the form that `store` gives."""
+        with self.scope(name):
+            y = self._matmul(x, self._store(linear))
+            return (
+                y if linear.bias is None else self.op("Add", y, self.constant(linear.bias, "bias"))
+            )
+
+    def linears(self, x: str, **linears: nn.Linear) -> list[str]:
+        """Apply several linear layers to one input, in one product where their forms allow.
+
+        One H100, ONNX Runtime 1.31, 11B width, 2026-11-22: 3 % off the decoder (64 and 160 rows,
+        int4 and fp16), 5 % off the vision tower; nothing either way on two CPU cores.
+        """
+        weights = [self._store(linear) for linear in linears.values()]
+        joined = join_weights(weights)
+        if joined is None:
+            return [self.linear(x, name, linear) for name, linear in linears.items()]
+        with self.scope("_".join(linears)):
+            y = self._matmul(x, joined)
+            if all(linear.bias is not None for linear in linears.values()):
+                bias = torch.cat([linear.bias.detach() for linear in linears.values()])
+                y = self.op("Add", y, self.constant(bias, "bias"))
+            sizes = self.ints(*(linear.out_features for linear in linears.values()))
+            return self.split_op("Split", len(linears), y, sizes, axis=-1)
 
     def rms_norm(self, x: str, weight: Tensor, epsilon: float) -> str:
         """Root mean square normalization over the last axis, in float32 whatever the float type."""
@@ -140,39 +194,75 @@ class GraphBuilder:
         batch = self.op("Shape", like, start=0, end=1)
         return self.op("Expand", value, self.op("Concat", batch, self.ints(*shape), axis=0))
 
-    def save(self) -> BlockSpec:
-        """Check the graph and write it; the builder is done then."""
-        self._data.flush()
-        graph = helper.make_graph(
-            self._nodes,
-            self.name,
-            [helper.make_tensor_value_info(t.name, DTYPES[t.dtype], t.shape) for t in self._inputs],
-            [
-                helper.make_tensor_value_info(t.name, DTYPES[t.dtype], t.shape)
-                for t in self._outputs
-            ],
-            initializer=self._initializers,
+    def save(self) -> int:
+        """Check the graph and write it, whole or not at all; the builder is done then.
+
+        Returns:
+            Bytes of the weights.
+        """
+        if self.folder is None or self._data is None:
+            return self.weight_bytes
+        self._data.close()
+        inputs, outputs = (
+            [helper.make_tensor_value_info(t.name, DTYPES[t.dtype], t.shape) for t in tensors]
+            for tensors in (self._inputs, self._outputs)
         )
-        opset = helper.make_opsetid("", OPSET)
+        graph = helper.make_graph(
+            self._nodes, self.name, inputs, outputs, initializer=self._initializers
+        )
         model = helper.make_model(
-            graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="mdf-mllm"
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="mdf-mllm",
         )
         path = self.folder / f"{self.name}.onnx"
-        path.write_bytes(model.SerializeToString())
-        onnx.checker.check_model(path)
-        return BlockSpec(path.name, self.precision, tuple(self._inputs), tuple(self._outputs))
+        unfinished = path.with_suffix(".part")
+        unfinished.write_bytes(model.SerializeToString(deterministic=True))
+        onnx.checker.check_model(unfinished)
+        unfinished.replace(path)
+        return self.weight_bytes
 
-    def _int4(self, weight: npt.NDArray[np.float32]) -> str:
-        codes, scales = quantize_int4(weight, BLOCK_SIZE)
-        quantized = self._initializer(TensorProto.INT4, codes.shape, pack_int4(codes))
-        return self.op(
-            "DequantizeLinear", quantized, self.constant(scales), axis=0, block_size=BLOCK_SIZE
+    def _matmul(self, x: str, weight: Weight) -> str:
+        """x @ weight.T, whatever the weight is stored as."""
+        if isinstance(weight, QuantizedWeight):
+            x, matrix = self._integer_matrix(x, weight)
+        elif isinstance(weight, Float8Weight):
+            x, matrix = self._float8_matrix(x, weight)
+        else:
+            matrix = self.constant(weight.T, "weight")
+        return self.op("MatMul", x, matrix)
+
+    def _integer_matrix(self, x: str, weight: QuantizedWeight) -> tuple[str, str]:
+        """An INT4 or INT8 initializer and its DequantizeLinear, which runtimes fuse into MatMul."""
+        if weight.order is not None:
+            x = self.op("Gather", x, self.constant(weight.order, "order"), axis=-1)
+        codes = self._initializer("weight", _INTEGERS[weight.bits], weight.codes)
+        scales = self.constant(weight.scales, "scales")
+        matrix = self.op("DequantizeLinear", codes, scales, axis=0, block_size=weight.block_size)
+        return x, matrix
+
+    def _float8_matrix(self, x: str, weight: Float8Weight) -> tuple[str, str]:
+        """Input and weight through FLOAT8E4M3FN, the form that TensorRT compiles to FP8."""
+        zero = self._initializer(
+            "zero", TensorProto.FLOAT8E4M3FN, torch.zeros((), dtype=torch.float8_e4m3fn)
         )
+        scale = self.constant(torch.tensor(weight.input_scale), "input_scale")
+        x = self.op("DequantizeLinear", self.op("QuantizeLinear", x, scale, zero), scale)
+        codes = self._initializer("weight", TensorProto.FLOAT8E4M3FN, weight.codes)
+        scales = self.constant(weight.scales, "scales")
+        return x, self.op("DequantizeLinear", codes, scales, axis=1)
 
-    def _initializer(self, data_type: int, shape: Sequence[int], raw: bytes) -> str:
-        self._count += 1
-        tensor = TensorProto(name=f"constant_{self._count}", data_type=data_type, dims=shape)
-        if len(raw) <= INLINE_BYTES:
+    def _initializer(self, name: str, data_type: int, value: Tensor) -> str:
+        tensor = TensorProto(name=self._unique(name), data_type=data_type, dims=value.shape)
+        size = value.numel() * value.element_size()
+        if data_type == TensorProto.INT4:
+            size = (value.numel() + 1) // 2
+        self.weight_bytes += size
+        if self._data is None:
+            return str(tensor.name)
+        raw = _to_bytes(pack_int4(value) if data_type == TensorProto.INT4 else value)
+        if size <= INLINE_BYTES:
             tensor.raw_data = raw
         else:
             self._data.write(bytes(-self._data.tell() % ALIGNMENT))
@@ -180,16 +270,50 @@ class GraphBuilder:
             entries = {
                 "location": f"{self.name}.onnx.data",
                 "offset": self._data.tell(),
-                "length": len(raw),
+                "length": size,
             }
-            for key, value in entries.items():
-                tensor.external_data.add(key=key, value=str(value))
+            for key, entry in entries.items():
+                tensor.external_data.add(key=key, value=str(entry))
             self._data.write(raw)
         self._initializers.append(tensor)
         return str(tensor.name)
 
+    def _unique(self, name: str) -> str:
+        path = f"{self._scope}/{name}"
+        self._taken[path] = count = self._taken.get(path, -1) + 1
+        return f"{path}_{count}" if count else path
 
-def _to_numpy(value: npt.ArrayLike | Tensor) -> npt.NDArray[np.generic]:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().numpy()
-    return np.asarray(value)
+
+def join_weights(weights: Sequence[Weight]) -> Weight | None:
+    """Join weights along their output features; None where their forms differ."""
+    first = weights[0]
+    if isinstance(first, QuantizedWeight):
+        quantized = [w for w in weights if isinstance(w, QuantizedWeight) and w.order is None]
+        forms = {(w.bits, w.block_size) for w in quantized}
+        if len(quantized) < len(weights) or len(forms) > 1:
+            return None
+        codes, scales = ([getattr(w, part) for w in quantized] for part in ("codes", "scales"))
+        return QuantizedWeight(torch.cat(codes, dim=1), torch.cat(scales, dim=1), first.bits)
+    dense = [w for w in weights if isinstance(w, Tensor)]
+    return torch.cat(dense) if len(dense) == len(weights) else None
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph that holds its weights, they beside it as external data, the graph last."""
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)  # onnx would append to it
+    unfinished = path.with_suffix(".part")
+    onnx.save(
+        model,
+        unfinished,
+        save_as_external_data=True,
+        location=data.name,
+        size_threshold=INLINE_BYTES,
+    )
+    onnx.checker.check_model(unfinished)
+    unfinished.replace(path)
+
+
+def _to_bytes(value: Tensor) -> bytes:
+    value = value.detach().cpu().contiguous()
+    return bytes(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,17 +1,26 @@
 """mdf_export.engine: a checkpoint becomes an engine directory, whole or not at all."""
 
+import errno
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mdf_export import build_engine
 from mdf_export import engine as engine_module
+from mdf_export.planning import plan_checkpoint, plan_preset
+from mdf_export.recipe import ExportRecipe
+from mdf_export.resuming import resumed_directory
 from mdf_sdk import MDFClassifier, load_manifest
-from mdf_sdk.errors import CheckpointError, InputError
+from mdf_sdk.errors import CheckpointError, DataError, InputError, StorageError
+from mdf_sdk.manifest import Precision
 from mdf_sdk.verify import verify_engine
-from mdf_training.checkpoint import checkpoint_digest, load_checkpoint
+from mdf_training.checkpoint import checkpoint_digest, load_checkpoint, save_checkpoint
 from mdf_training.checkpoint_scorer import CheckpointScorer
 from mdf_training.pixels import PixelSet
 from mdf_training.synthetic import SyntheticData
@@ -35,7 +44,7 @@ def test_an_engine_scores_as_its_checkpoint_does(tiny_checkpoint: Path, tiny_eng
         )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_a_fresh_engine_verifies(tiny_checkpoint: Path, tmp_path: Path, precision: str) -> None:
     build_engine(tiny_checkpoint, tmp_path / "engine", precision)
     report = verify_engine(tmp_path / "engine")
@@ -57,18 +66,6 @@ def test_the_manifest_says_where_the_engine_comes_from(
     assert set(manifest.files) == {p.name for p in tiny_engine.iterdir()} - {"manifest.json"}
 
 
-def test_an_interrupted_export_leaves_nothing(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine_module, "save_golden", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(tiny_checkpoint, tmp_path / "engine", "fp32")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_target_that_is_taken_is_refused_and_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "notes.txt").write_text("mine")
@@ -80,7 +77,7 @@ def test_a_target_that_is_taken_is_refused_and_kept(tiny_checkpoint: Path, tmp_p
 def test_an_unknown_precision_is_refused_with_the_known_ones(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="found 'int3', expected one of fp32, fp16, int4"):
+    with pytest.raises(InputError, match="found 'int3', expected one of fp32, fp16, int8, int4"):
         build_engine(tiny_checkpoint, tmp_path / "engine", "int3")  # type: ignore[arg-type]
 
 
@@ -92,11 +89,180 @@ def test_a_folder_without_a_checkpoint_is_refused_with_the_command_that_makes_on
     assert not (tmp_path / "engine").exists()
 
 
-def test_two_exports_of_one_checkpoint_hold_the_same_graphs(
-    tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path
+@pytest.mark.parametrize("recipe", ["fp32", "int4"])
+def test_two_exports_hold_the_same_bytes(
+    tiny_checkpoint: Path, tmp_path: Path, recipe: Precision
 ) -> None:
+    for name in ("first", "second"):
+        build_engine(tiny_checkpoint, tmp_path / name, recipe)
+    first, second = (tmp_path / name for name in ("first", "second"))
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_the_plan_is_what_the_engine_holds(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Weights alone: what is left over is a graph's nodes, and the gaps that align tensors."""
+    recipe = ExportRecipe("int4", method="rtn")
+    plan = plan_checkpoint(tiny_checkpoint, recipe)
+    build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
+    for name, planned in plan.blocks.items():
+        graph = onnx.load(tmp_path / "engine" / f"{name}.onnx", load_external_data=False).graph
+        held = sum(_bytes(tensor) for tensor in graph.initializer)
+        assert planned == pytest.approx(held, rel=0.02), name
+
+
+def test_the_11b_plan_needs_no_weights_and_fits_an_8_gb_card() -> None:
+    plan = plan_preset("llama-3.2-11b", ExportRecipe("int4"))
+    assert plan.device_bytes <= 6.5e9
+    assert plan.blocks["decoder"] == pytest.approx(4.88e9, rel=0.01)
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.INT64: 64}
+    return int(np.prod(tensor.dims)) * bits.get(tensor.data_type, 32) // 8
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def test_an_export_goes_on_where_it_was_interrupted(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at every file that it writes, it leaves no engine, and ends in the same bytes."""
+    recipe = ExportRecipe("int4", calibration_cases=8)
+    build_engine(tiny_checkpoint, tmp_path / "whole", recipe)
+    replace, kills = Path.replace, 0
+
+    def die(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    calls = 60 + 5 + 2  # quantized linears, graphs, input_max.json, manifest.json
+    for kill_at in range(1, calls, 7):
+        left = kill_at
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", die)
+            with pytest.raises(KeyboardInterrupt):
+                build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
+        assert not (tmp_path / "engine").exists()
+        kills += 1
+    assert kills > 5
+    build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
+    assert files_below(tmp_path / "engine") == files_below(tmp_path / "whole")
+    assert load_manifest(tmp_path / "engine") == load_manifest(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["engine", "whole"]
+
+
+def test_what_is_calibrated_already_is_not_calibrated_again(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = ExportRecipe("int4", calibration_cases=8)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "save_golden", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
+    monkeypatch.setattr(engine_module, "calibrate", interrupt)
+    build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
+    assert verify_engine(tmp_path / "engine").ok
+
+
+def test_an_interrupted_export_of_another_recipe_is_not_gone_on_with(
+    tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "save_golden", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(tiny_checkpoint, tmp_path / "engine", "fp16")
     build_engine(tiny_checkpoint, tmp_path / "engine", "fp32")
-    first, second = load_manifest(tiny_engine), load_manifest(tmp_path / "engine")
-    graphs = [name for name in first.files if name != "golden.npz"]  # a zip holds its time
-    assert [first.files[n] for n in graphs] == [second.files[n] for n in graphs]
-    shutil.rmtree(tmp_path / "engine")
+    assert load_manifest(tmp_path / "engine").files == load_manifest(tiny_engine).files
+
+
+def test_two_exports_into_one_target_at_once_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with resumed_directory(tmp_path / "engine", "another export") as work:
+        (work / "result" / "file").touch()
+        with pytest.raises(InputError, match="found another process that is making it"):
+            build_engine(tiny_checkpoint, tmp_path / "engine", "fp32")
+    assert files_below(tmp_path) == ["engine", "engine/file"]
+
+
+def test_a_full_disk_is_told_before_the_work_begins(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    with pytest.raises(StorageError, match=r"found 0.0 GB free, expected .* GB"):
+        build_engine(tiny_checkpoint, tmp_path / "engine", "fp32")
+    assert files_below(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_is_a_typed_error_and_the_next_try_goes_on(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "save_golden", fill)
+        with pytest.raises(
+            StorageError, match=r"No space left on device.*goes on where it stopped"
+        ):
+            build_engine(tiny_checkpoint, tmp_path / "engine", "fp32")
+    assert not (tmp_path / "engine").exists()
+    build_engine(tiny_checkpoint, tmp_path / "engine", "fp32")
+    assert verify_engine(tmp_path / "engine").ok
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, value: float
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        checkpoint.model.fusion[2].q_proj.weight[1, 2] = value
+    save_checkpoint(tmp_path / "checkpoint", checkpoint)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in fusion\.2\.q_proj\.weight"):
+        build_engine(tmp_path / "checkpoint", tmp_path / "engine", "int4")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("change", ["missing", "reshaped", "unknown"])
+def test_a_tensor_that_does_not_fit_is_named_before_anything_is_written(
+    tiny_checkpoint: Path, tmp_path: Path, change: str
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    path, name = tmp_path / "checkpoint" / "model.safetensors", "fusion.0.o_proj.weight"
+    tensors = load_file(path)
+    if change == "unknown":
+        name = "fusion.9.gate"
+        tensors[name] = torch.zeros(1)
+    elif change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:1].clone()
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        build_engine(tmp_path / "checkpoint", tmp_path / "engine", "int4")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("spec", ["synthetic:1:0", "synthetic:0:0"])
+def test_too_small_a_calibration_set_is_refused_and_nothing_is_left(
+    tiny_checkpoint: Path, tmp_path: Path, spec: str
+) -> None:
+    with pytest.raises(DataError, match="cases, expected at least"):
+        build_engine(tiny_checkpoint, tmp_path / "e", ExportRecipe("int4", calibration=spec))
+    assert files_below(tmp_path) == []
