@@ -1,0 +1,73 @@
+"""Label scores of a model and of its reference in, how far their decisions are apart out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Scores = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+RESAMPLES = 2000
+CALIBRATION_BINS = 10  # each of as many cases, by rising confidence
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over cases, with its 95 % bootstrap interval."""
+
+    value: float
+    interval_95: tuple[float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; the interval as [low, high]."""
+        return {"value": self.value, "interval_95": list(self.interval_95)}
+
+
+def log_probabilities(scores: Scores, temperature: float) -> Float64:
+    """Return the labels' calibrated log-probabilities (N, K)."""
+    scaled = scores.astype(np.float64) / temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    result: Float64 = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    return result
+
+
+def divergences(reference: Float64, candidate: Float64) -> Float64:
+    """KL(reference || candidate) of each case, in nats.
+
+    Args:
+        reference, candidate: log-probabilities (N, K).
+    """
+    result: Float64 = (np.exp(reference) * (reference - candidate)).sum(axis=1)
+    return result
+
+
+def bootstrap_mean(values: Float64, patients: Sequence[str]) -> Mean:
+    """Average over cases; whole patients are drawn, as their cases hang together.
+
+    Percentile bootstrap (Efron, 1979) of RESAMPLES draws from a fixed seed.
+    """
+    names, group = np.unique(np.asarray(patients), return_inverse=True)
+    sums, sizes = np.bincount(group, values), np.bincount(group)
+    draws = np.random.default_rng(_SEED).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), RESAMPLES
+    )
+    low, high = np.percentile((draws @ sums) / (draws @ sizes), [2.5, 97.5])
+    return Mean(float(values.mean()), (float(low), float(high)))
+
+
+def calibration_error(log_probabilities: Float64, truth: npt.NDArray[np.int64]) -> float:
+    """Expected calibration error of the chosen label (Guo et al., 2017), bins of equal mass."""
+    confidence = np.exp(log_probabilities.max(axis=1))
+    correct = log_probabilities.argmax(axis=1) == truth
+    bins = np.array_split(np.argsort(confidence, kind="stable"), CALIBRATION_BINS)
+    gaps = [abs(float((confidence[b] - correct[b]).sum())) for b in bins]
+    return sum(gaps) / len(truth)
+
+
+def spread(total: int, count: int | None) -> list[int]:
+    """Return the indices of `count` cases spread evenly over `total`; of all, where None."""
+    count = total if count is None else min(count, total)
+    return [i * total // count for i in range(count)]
