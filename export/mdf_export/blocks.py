@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.numpy_helper
 import torch
 from torch import Tensor, nn
 
@@ -303,19 +302,18 @@ def build_unet_encoder(source: BlockSource, folder: Path | None) -> int:
     """U-Net encoder: unet_pixels (B, 3, U, U) -> four skips and the bottleneck (B, C, H, W)."""
     model = source.checkpoint.model
     if folder is None:
-        return _convolution_bytes(source, "unet_encoder", model.unet.encoder)
+        return _float32_bytes(model.unet.encoder)
     pixels = torch.zeros(2, 3, model.config.image.unet_px, model.config.image.unet_px)
     with source.checkpoint.loaded(model.unet.encoder):
         module = _UNetEncoder(model)
-    return _export_module(source, folder, "unet_encoder", module, {"unet_pixels": pixels}, FEATURES)
+    return _export_module(folder, "unet_encoder", module, {"unet_pixels": pixels}, FEATURES)
 
 
 def build_unet_decoder(source: BlockSource, folder: Path | None) -> int:
     """FiLM and U-Net decoder: features, pooled states -> mask (B, M, U, U), probabilities."""
     model = source.checkpoint.model
     if folder is None:
-        parts = (model.unet.decoder, model.unet.segmentation_head, model.film)
-        return _convolution_bytes(source, "unet_decoder", *parts)
+        return _float32_bytes(model.unet.decoder, model.unet.segmentation_head, model.film)
     config = model.config
     channels = model.unet.encoder.out_channels[1:]
     inputs = {
@@ -325,11 +323,10 @@ def build_unet_decoder(source: BlockSource, folder: Path | None) -> int:
     inputs["pooled"] = torch.zeros(2, len(config.fusion.layers), config.text["hidden_size"])
     with source.checkpoint.loaded(model.unet, model.film):
         module = _UNetDecoder(model)
-    return _export_module(source, folder, "unet_decoder", module, inputs, ("mask",))
+    return _export_module(folder, "unet_decoder", module, inputs, ("mask",))
 
 
 def _export_module(
-    source: BlockSource,
     folder: Path,
     name: str,
     module: nn.Module,
@@ -337,7 +334,6 @@ def _export_module(
     outputs: tuple[str, ...],
 ) -> int:
     """Export a convolutional block through torch's own exporter, the batch left free."""
-    precision = source.recipe.block_precision(name)
     path = folder / f"{name}.onnx"
     batch = torch.export.Dim("B", min=1, max=1024)
     with warnings.catch_warnings(), torch.no_grad():
@@ -355,54 +351,20 @@ def _export_module(
         )
         assert program is not None
     proto = _without_traces(program.model_proto)
-    if precision == "int8":
-        _quantize_convolutions(proto.graph)
     size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
     save_graph(proto, path)
     return size
 
 
-def _convolution_bytes(source: BlockSource, block: str, *modules: nn.Module) -> int:
+def _float32_bytes(*modules: nn.Module) -> int:
     """Count what torch's exporter will write; it takes no weights on the meta device."""
-    int8 = source.recipe.block_precision(block) == "int8"
-    return sum(
-        weight.numel() * (1 if int8 and isinstance(part, nn.Conv2d) else 4)
-        for module in modules
-        for part in module.modules()
-        for weight in part.parameters(recurse=False)
-    )
+    return sum(4 * weight.numel() for module in modules for weight in module.parameters())
 
 
 def read_spec(path: Path, precision: Precision) -> BlockSpec:
     """Read a finished block's bindings off its graph."""
     graph = onnx.load(path, load_external_data=False).graph
     return BlockSpec(path.name, precision, _specs(graph.input), _specs(graph.output))
-
-
-def _quantize_convolutions(graph: onnx.GraphProto) -> None:
-    """Store each convolution's weight as INT8, one scale for an output channel."""
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    nodes = []
-    for node in graph.node:
-        if node.op_type == "Conv" and node.input[1] in weights:
-            tensor = weights[node.input[1]]
-            weight = onnx.numpy_helper.to_array(tensor)
-            flat = torch.tensor(weight.reshape(len(weight), -1)).float()
-            quantized = round_to_nearest(flat, BITS["int8"], flat.shape[1])
-            name = tensor.name
-            codes = quantized.codes.T.reshape(weight.shape).contiguous().numpy()
-            scales = quantized.scales[0].numpy().astype(weight.dtype)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(codes, name))
-            graph.initializer.append(onnx.numpy_helper.from_array(scales, f"{name}.scales"))
-            node.input[1] = f"{name}.dequantized"
-            nodes.append(
-                onnx.helper.make_node(
-                    "DequantizeLinear", [name, f"{name}.scales"], [node.input[1]], axis=0
-                )
-            )
-        nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -188,7 +188,7 @@ class _CalibrationRun:
                     hooks.append(module.register_forward_pre_hook(self._quantize))
                     # Before the weight is put away again.
                     hooks.append(module.register_forward_hook(self._mend_prefix, prepend=True))
-                elif self._recipe.image_precision == "fp8" and _is_vision(name, module):
+                elif self._recipe.vision_precision == "fp8" and _is_vision(name, module):
                     hooks.append(module.register_forward_pre_hook(self._measure))
                 for hook in hooks:
                     stack.callback(hook.remove)
@@ -243,7 +243,5 @@ def _reads_tokens(name: str) -> bool:
 
 
 def _is_vision(name: str, module: nn.Module) -> bool:
-    inside = name.startswith(
-        ("backbone.model.vision_model.", "backbone.model.multi_modal_projector")
-    )
-    return inside and isinstance(module, nn.Linear)
+    """Not the projector: ONNX Runtime moves its QuantizeLinear before a Slice that has no FP8."""
+    return name.startswith("backbone.model.vision_model.") and isinstance(module, nn.Linear)

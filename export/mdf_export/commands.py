@@ -27,9 +27,9 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="of the language model and the fusion",
     )
     parser.add_argument(
-        "--image-precision",
+        "--vision-precision",
         choices=("fp16", "int8", "fp8"),
-        help="of vision tower and U-Net (default fp16); fp8: vision tower, cards from 8.9 on",
+        help="of the vision tower: default int8 with int4, else fp16; fp8 is for cards from 8.9 on",
     )
     parser.add_argument("--method", choices=("gptq", "rtn"), help="default gptq")
     parser.add_argument("--block-size", type=int, choices=(32, 64, 128), help="default 32")

@@ -164,8 +164,9 @@ def _write_blocks(source: BlockSource, folder: Path) -> dict[str, BlockSpec]:
 def _write_rest(checkpoint: StreamedCheckpoint, recipe: ExportRecipe, folder: Path) -> None:
     """Embeddings, tokenizer, golden tensors."""
     embedding = checkpoint.model.backbone.model.language_model.embed_tokens
-    rows = checkpoint.read(embedding, "weight").cpu().numpy()
-    np.save(folder / EMBEDDINGS_NAME, rows.astype(recipe.float_type))
+    rows = checkpoint.read(embedding, "weight").to("cpu", getattr(torch, recipe.float_type))
+    np.save(folder / EMBEDDINGS_NAME, rows.numpy())
+    del rows  # 1 GB at 11B
     (folder / TOKENIZER_NAME).write_text(checkpoint.tokenizer_json, encoding="utf-8")
     save_golden(checkpoint, folder / GOLDEN_NAME)
 

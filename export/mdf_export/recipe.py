@@ -9,7 +9,7 @@ from mdf_sdk.errors import InputError
 from mdf_sdk.manifest import Precision, QuantizationMethod
 
 BLOCK_SIZES = (32, 64, 128)
-IMAGE_PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+VISION_PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 QUANTIZED_BLOCKS = ("fusion", "decoder")
 
 
@@ -19,9 +19,9 @@ class ExportRecipe:
 
     Attributes:
         precision: of the language model and the fusion: "fp32", "fp16", "int8" or "int4".
-        image_precision: of the vision tower: "fp16"; "int8", weight-only; or "fp8", Q/DQ, for cards
-            of compute capability 8.9 on. "fp32" where the engine's precision is. The U-Net follows
-            to int8, and is float32 otherwise.
+        vision_precision: of the vision tower: "fp16"; "int8", weight-only; or "fp8", Q/DQ, for
+            cards of compute capability 8.9 on. By default "int8" beside "int4", and "fp16" beside
+            the others; "fp32" where the engine's precision is.
         method: "gptq", calibrated through the fused forward; or "rtn", round to nearest.
         block_size: weights along K that share a scale: 32, 64 or 128.
         act_order: GPTQ takes the input features by falling energy.
@@ -33,7 +33,7 @@ class ExportRecipe:
     """
 
     precision: Precision
-    image_precision: Precision = "fp16"
+    vision_precision: Precision | None = None
     method: QuantizationMethod = "gptq"
     block_size: int = 32
     act_order: bool = True
@@ -45,10 +45,13 @@ class ExportRecipe:
     def __post_init__(self) -> None:
         """Raise InputError for a value that no export can use."""
         if self.precision == "fp32":
-            object.__setattr__(self, "image_precision", "fp32")
+            object.__setattr__(self, "vision_precision", "fp32")
+        elif self.vision_precision is None:
+            default = "int8" if self.precision == "int4" else "fp16"
+            object.__setattr__(self, "vision_precision", default)
         choices: tuple[tuple[str, tuple[Any, ...]], ...] = (
             ("precision", ("fp32", "fp16", "int8", "int4")),
-            ("image_precision", IMAGE_PRECISIONS),
+            ("vision_precision", VISION_PRECISIONS),
             ("method", get_args(QuantizationMethod)),
             ("block_size", BLOCK_SIZES),
         )
@@ -71,15 +74,15 @@ class ExportRecipe:
     @property
     def calibrates(self) -> bool:
         """Whether cases go through the model before it is written."""
-        return (self.quantizes and self.method == "gptq") or self.image_precision == "fp8"
+        return (self.quantizes and self.method == "gptq") or self.vision_precision == "fp8"
 
     def block_precision(self, block: str) -> Precision:
-        """What the manifest says of a block; the U-Net's floats are always float32."""
+        """What the manifest says of a block; the U-Net is float32 whatever the rest is."""
         if block in QUANTIZED_BLOCKS:
             return self.precision
-        if block == "vision":
-            return self.image_precision
-        return "int8" if self.image_precision == "int8" else "fp32"
+        if block == "vision" and self.vision_precision is not None:
+            return self.vision_precision
+        return "fp32"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

@@ -293,7 +293,7 @@ def mixed_recipe(
             raise InputError(
                 f"max_bytes: found {max_bytes}, expected at least {plan.device_bytes}, an engine "
                 f"with every linear in {recipe.precision}. Allow more, or make the rest smaller: "
-                "--block-size 128, --image-precision int8"
+                "--block-size 128, --vision-precision int8"
             )
         kept = choose_kept(sensitivity, max_bytes - plan.device_bytes)
         return dataclasses.replace(recipe, kept=kept), None

@@ -21,8 +21,8 @@ from mdf_training.checkpoint import load_checkpoint, save_checkpoint
 from mdf_training.synthetic import SyntheticData
 
 # Largest relative L2 error of any block output on the tiny checkpoint, rounded to nearest. Measured
-# on two CPU cores: fp32 4e-7; fp16 8e-4; int8 2e-2; fp8 4e-2; int4 1.4e-1 (fusion), 9e-2 (decoder).
-TOLERANCE = {"fp32": 1e-4, "fp16": 3e-3, "int8": 3e-2, "fp8": 1e-1, "int4": 2e-1}
+# on two CPU cores: fp32 4e-7; fp16 8e-4; int8 2e-2; fp8 2e-3; int4 1.4e-1 (fusion), 9e-2 (decoder).
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-3, "int8": 3e-2, "fp8": 1e-2, "int4": 2e-1}
 RECIPES = {
     "fp32": ExportRecipe("fp32"),
     "fp16": ExportRecipe("fp16"),

@@ -120,8 +120,9 @@ def test_the_11b_plan_needs_no_weights_and_fits_an_8_gb_card() -> None:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.INT64: 64}
-    return int(np.prod(tensor.dims)) * bits.get(tensor.data_type, 32) // 8
+    kinds = onnx.TensorProto
+    bits = {kinds.INT4: 4, kinds.INT8: 8, kinds.FLOAT16: 16, kinds.FLOAT: 32, kinds.INT64: 64}
+    return int(np.prod(tensor.dims)) * bits[tensor.data_type] // 8
 
 
 def files_below(folder: Path) -> list[str]:

@@ -131,9 +131,9 @@ def test_compiling_again_replaces_the_plans(copy: Path) -> None:
     ("recipe", "wanted", "capabilities"),
     [
         (ExportRecipe("fp16"), ALL_CARDS, ALL_CARDS),
-        (ExportRecipe("int8", image_precision="int8", method="rtn"), None, THREE_CARDS),
+        (ExportRecipe("int8", vision_precision="int8", method="rtn"), None, THREE_CARDS),
         (
-            ExportRecipe("fp16", image_precision="fp8", calibration="synthetic:8:5"),
+            ExportRecipe("fp16", vision_precision="fp8", calibration="synthetic:8:5"),
             None,
             ("8.9", "12.0"),
         ),

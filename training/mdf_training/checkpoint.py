@@ -145,7 +145,8 @@ class CheckpointTensors:
         path = self._shards[name]
         with _open_shard(path) as shard:  # closed each time: an open one keeps its pages in memory
             tensor: Tensor = shard.get_tensor(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # NaN and infinity both reach the extremes; isfinite would copy the tensor thrice.
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise CheckpointError(
                 f"{path}: found NaN or infinity in {name}, expected finite weights. Copy the "
                 "checkpoint again, or go back to an earlier one."
