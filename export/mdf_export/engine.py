@@ -81,7 +81,7 @@ def build_engine(
         recipe = ExportRecipe(recipe)
     check_free(engine_dir)
     check_device(device)
-    packages = _check_targets(targets)
+    packages = _check_targets(targets, recipe)
     checkpoint = StreamedCheckpoint.open(checkpoint_dir, device)
     notice = checkpoint.provenance.get("notice")
     if not isinstance(notice, str):
@@ -188,8 +188,8 @@ def _quantization(recipe: ExportRecipe) -> QuantizationSpec:
     )
 
 
-def _check_targets(targets: Sequence[Target]) -> list[Package]:
-    """Return the compilers to call; one that is not installed is told before the work begins."""
+def _check_targets(targets: Sequence[Target], recipe: ExportRecipe) -> list[Package]:
+    """Return the compilers to call; what cannot be built is told before the work begins."""
     unknown = [target for target in targets if target not in get_args(Target)]
     if unknown:
         raise InputError(
@@ -200,6 +200,12 @@ def _check_targets(targets: Sequence[Target]) -> list[Package]:
         if package.replace("_", "-") in targets:
             import_compiler(package)
             packages.append(package)
+    if packages and recipe.precision == "fp32":
+        raise InputError(
+            f"precision: found fp32 with the target {', '.join(targets)}, expected fp16, int8 or "
+            "int4: TensorRT has no kernel for float32 attention. Leave --target out, or choose "
+            "--precision fp16"
+        )
     return packages
 
 

@@ -1,6 +1,7 @@
 """mdf_export.engine: a checkpoint becomes an engine directory, whole or not at all."""
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,21 @@ from safetensors.torch import load_file, save_file
 
 from mdf_export import build_engine
 from mdf_export import engine as engine_module
+from mdf_export.engine import Target
+from mdf_export.gptq_checkpoint import GptqCheckpoint
 from mdf_export.planning import plan_checkpoint, plan_preset
+from mdf_export.quantize import pack_int4, round_to_nearest
 from mdf_export.recipe import ExportRecipe
 from mdf_export.resuming import resumed_directory
 from mdf_sdk import MDFClassifier, load_manifest
-from mdf_sdk.errors import CheckpointError, DataError, InputError, StorageError
-from mdf_sdk.manifest import Precision
+from mdf_sdk.errors import (
+    CheckpointError,
+    DataError,
+    InputError,
+    MissingExtraError,
+    StorageError,
+)
+from mdf_sdk.manifest import BLOCKS, Precision, QuantizationMethod
 from mdf_sdk.verify import verify_engine
 from mdf_training.checkpoint import checkpoint_digest, load_checkpoint, save_checkpoint
 from mdf_training.checkpoint_scorer import CheckpointScorer
@@ -267,3 +277,90 @@ def test_too_small_a_calibration_set_is_refused_and_nothing_is_left(
     with pytest.raises(DataError, match="cases, expected at least"):
         build_engine(tiny_checkpoint, tmp_path / "e", ExportRecipe("int4", calibration=spec))
     assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "error", "words"),
+    [
+        ("tensorrt", "int4", MissingExtraError, "tensorrt"),
+        ("tensorrt-rtx", "fp32", InputError, "expected fp16, int8 or int4"),
+        ("cuda", "int4", InputError, "found cuda, expected some of onnx, tensorrt-rtx, tensorrt"),
+    ],
+)
+def test_a_target_that_cannot_be_built_is_told_before_anything_is_written(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    target: Target,
+    precision: Precision,
+    error: type[Exception],
+    words: str,
+) -> None:
+    with pytest.raises(error, match=words):
+        build_engine(tiny_checkpoint, tmp_path / "e", precision, targets=("onnx", target))
+    assert files_below(tmp_path) == []
+
+
+def test_an_engine_is_exported_with_its_plans(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    recipe = ExportRecipe("int4", method="rtn")
+    manifest = build_engine(
+        tiny_checkpoint, tmp_path / "engine", recipe, targets=("onnx", "tensorrt-rtx")
+    )
+    assert {plan.block for plan in manifest.plans} == set(BLOCKS)
+    assert load_manifest(tmp_path / "engine") == manifest
+    assert verify_engine(tmp_path / "engine").ok
+
+
+def write_gptq_checkpoint(checkpoint_dir: Path, folder: Path, order: torch.Tensor) -> str:
+    """Quantize one linear of a checkpoint and write it as auto-gptq does; return its name."""
+    name = "model.language_model.layers.0.mlp.down_proj"
+    linear = load_checkpoint(checkpoint_dir).model.backbone.get_submodule(name)
+    quantized = round_to_nearest(linear.weight.detach()[:, order], bits=4, block_size=32)
+    k, n = quantized.codes.shape
+    groups = torch.empty(k, dtype=torch.int32)
+    groups[order] = torch.arange(k, dtype=torch.int32) // 32
+    codes = torch.empty(k, n, dtype=torch.int64)
+    codes[order] = quantized.codes.long() + 8
+    shifts = torch.arange(8) * 4
+    packed = (codes.reshape(k // 8, 8, n) << shifts[None, :, None]).sum(1)
+    tensors = {
+        "qweight": packed.to(torch.uint32).view(torch.int32),
+        "qzeros": torch.full((k // 32, n // 8), 0x77777777, dtype=torch.int32),
+        "scales": quantized.scales.half(),
+        "g_idx": groups,
+    }
+    folder.mkdir()
+    save_file({f"{name}.{part}": t for part, t in tensors.items()}, folder / "model.safetensors")
+    settings = {"bits": 4, "group_size": 32, "sym": True, "desc_act": True, "quant_method": "gptq"}
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    return name
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_weights_that_gptq_quantized_already_are_taken_as_they_are(
+    tiny_checkpoint: Path, tmp_path: Path, method: QuantizationMethod, act_order: bool
+) -> None:
+    order = torch.arange(256)
+    if act_order:
+        order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    name = write_gptq_checkpoint(tiny_checkpoint, tmp_path / "gptq", order)
+    recipe = ExportRecipe("int4", method=method, calibration_cases=8)
+    build_engine(tiny_checkpoint, tmp_path / "e", recipe, gptq_checkpoint=tmp_path / "gptq")
+    given = GptqCheckpoint(tmp_path / "gptq")[f"backbone.{name}"]
+    graph = onnx.load(tmp_path / "e" / "decoder.onnx").graph
+    held = {t.name: t for t in graph.initializer}["/decoder/layers.0/mlp/down_proj/weight"]
+    assert held.raw_data == pack_int4(given.codes).numpy().tobytes()
+    assert ("/decoder/layers.0/mlp/down_proj/Gather" in {n.name for n in graph.node}) == act_order
+    assert verify_engine(tmp_path / "e").ok
+
+
+def test_gptq_weights_of_another_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    name = write_gptq_checkpoint(tiny_checkpoint, tmp_path / "gptq", torch.arange(256))
+    other = load_checkpoint(tiny_checkpoint)
+    with torch.no_grad():
+        other.model.backbone.get_submodule(name).weight.normal_()
+    save_checkpoint(tmp_path / "other", other)
+    recipe = ExportRecipe("int4", method="rtn")
+    with pytest.raises(CheckpointError, match=r"down_proj: found a weight .*% away"):
+        build_engine(tmp_path / "other", tmp_path / "e", recipe, gptq_checkpoint=tmp_path / "gptq")
+    assert not (tmp_path / "e").exists()
