@@ -291,11 +291,20 @@ class _UNetDecoder(nn.Module):
     def __init__(self, model: MDFModel) -> None:
         super().__init__()
         self.unet = copy.deepcopy(model.unet).to("cpu").eval()
-        self.film = copy.deepcopy(model.film).to("cpu").eval()
+        self.film: Any = copy.deepcopy(model.film).to("cpu").eval()
+        for film in self.film:
+            film.proj = _as_convolution(film.proj)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         *skips, bottleneck, pooled = tensors
         return decode_mask(self.unet, self.film, skips, bottleneck, pooled).sigmoid()
+
+
+def _as_convolution(linear: nn.Linear) -> nn.Module:
+    """The same as a 1 x 1 convolution: TensorRT-RTX has no float32 GEMM for Turing cards."""
+    conv = nn.Conv2d(linear.in_features, linear.out_features, 1)
+    conv.load_state_dict({"weight": linear.weight[:, :, None, None], "bias": linear.bias})
+    return nn.Sequential(nn.Unflatten(1, (linear.in_features, 1, 1)), conv, nn.Flatten())
 
 
 def build_unet_encoder(source: BlockSource, folder: Path | None) -> int:

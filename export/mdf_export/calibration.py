@@ -24,7 +24,7 @@ from mdf_export.gptq import Hessian, gptq
 from mdf_export.quantize import BITS, QuantizedWeight, pack_int4, unpack_int4
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
-from mdf_sdk.errors import DataError
+from mdf_sdk.errors import CheckpointError, DataError
 from mdf_sdk.preprocessing import to_pixels
 from mdf_training.data import open_data
 from mdf_training.model import PromptTensors
@@ -203,14 +203,17 @@ class _CalibrationRun:
         elif name in self._store:
             quantized = self._store[name]
         else:
-            quantized = gptq(
-                linear.weight,
-                self._second_moments(inputs[0], name),
-                self._bits[name],
-                self._recipe.block_size,
-                act_order=self._recipe.act_order,
-                search=self._recipe.search,
-            )
+            try:
+                quantized = gptq(
+                    linear.weight,
+                    self._second_moments(inputs[0], name),
+                    self._bits[name],
+                    self._recipe.block_size,
+                    act_order=self._recipe.act_order,
+                    search=self._recipe.search,
+                )
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from error
             self._store[name] = quantized
         linear.weight = nn.Parameter(quantized.dequantize().to(self._original), requires_grad=False)
         self._progress.update()

@@ -172,8 +172,9 @@ def _write_rest(checkpoint: StreamedCheckpoint, recipe: ExportRecipe, folder: Pa
 
 
 def _files(folder: Path) -> list[Path]:
-    """What the manifest lists: not the manifest, and no plans of an export that was interrupted."""
-    return [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST_NAME]
+    """What the manifest lists: not itself, and no leftovers of an export that was interrupted."""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    return [p for p in files if p.name != MANIFEST_NAME and p.suffix != ".part"]
 
 
 def _quantization(recipe: ExportRecipe) -> QuantizationSpec:

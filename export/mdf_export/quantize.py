@@ -36,7 +36,8 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """Return the weight that it stands for: float32 (N, K), features in their own order."""
         weight = (self.codes * self.scales.repeat_interleave(self.block_size, dim=0)).T
-        return weight if self.order is None else weight[:, self.order.argsort()]
+        weight = weight if self.order is None else weight[:, self.order.argsort()]
+        return weight.contiguous()  # or a product would round by where the codes came from
 
 
 @dataclass(frozen=True)

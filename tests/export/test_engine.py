@@ -142,7 +142,7 @@ def files_below(folder: Path) -> list[str]:
 def test_an_export_goes_on_where_it_was_interrupted(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at every file that it writes, it leaves no engine, and ends in the same bytes."""
+    """Killed again and again at the seventh file that it finishes, it ends in the same bytes."""
     recipe = ExportRecipe("int4", calibration_cases=8)
     build_engine(tiny_checkpoint, tmp_path / "whole", recipe)
     replace, kills = Path.replace, 0
@@ -154,17 +154,14 @@ def test_an_export_goes_on_where_it_was_interrupted(
             raise KeyboardInterrupt
         return replace(self, target)
 
-    calls = 60 + 5 + 2  # quantized linears, graphs, input_max.json, manifest.json
-    for kill_at in range(1, calls, 7):
-        left = kill_at
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", die)
-            with pytest.raises(KeyboardInterrupt):
-                build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
-        assert not (tmp_path / "engine").exists()
-        kills += 1
-    assert kills > 5
-    build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
+    monkeypatch.setattr(Path, "replace", die)
+    while not (tmp_path / "engine").exists():
+        left = 7
+        try:
+            build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills >= 8  # 60 linears and more
     assert files_below(tmp_path / "engine") == files_below(tmp_path / "whole")
     assert load_manifest(tmp_path / "engine") == load_manifest(tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["engine", "whole"]
