@@ -291,9 +291,10 @@ class _UNetDecoder(nn.Module):
     def __init__(self, model: MDFModel) -> None:
         super().__init__()
         self.unet = copy.deepcopy(model.unet).to("cpu").eval()
-        self.film: Any = copy.deepcopy(model.film).to("cpu").eval()
-        for film in self.film:
+        films: Any = copy.deepcopy(model.film).to("cpu").eval()
+        for film in films:
             film.proj = _as_convolution(film.proj)
+        self.film = films
 
     def forward(self, *tensors: Tensor) -> Tensor:
         *skips, bottleneck, pooled = tensors
