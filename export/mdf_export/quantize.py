@@ -129,6 +129,11 @@ def unpack_int4(packed: Tensor, columns: int) -> Tensor:
 
 
 def _storable(scales: Tensor) -> Tensor:
-    """Positive, and what float16 can hold: an engine's scales are float16."""
-    scales = scales.half().float()
+    """Positive, and what float16 can hold: an engine's scales are float16.
+
+    Below its normal numbers they are rounded up: down could halve a scale, and clip its group.
+    """
+    step = 2.0**-24
+    small = (scales / step).ceil() * step
+    scales = torch.where(scales < 2.0**-14, small, scales.half().float())
     return torch.where(scales > 0, scales, torch.ones_like(scales))
