@@ -6,7 +6,7 @@ tokens, V vision tokens, D width, K labels.
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mdf_export.graph import DTYPES, OPSET, GraphBuilder, Weight, save_graph
+from mdf_export.parts import tensor_specs
 from mdf_export.quantize import BITS, QuantizedWeight, round_to_nearest, to_float8
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError
-from mdf_sdk.manifest import BlockSpec, Precision, TensorSpec
+from mdf_sdk.manifest import BlockSpec, Precision
 from mdf_sdk.prompt import PromptEncoder
 from mdf_training.model import MDFModel, decode_mask
 
@@ -80,7 +81,7 @@ class BlockSource:
         def store(linear: nn.Linear) -> Weight:
             return self.weight(linear, precision)
 
-        return GraphBuilder(folder, block, precision, recipe.float_type, store)
+        return GraphBuilder(folder, block, recipe.float_type, store)
 
     def weight(self, linear: nn.Linear, precision: Precision) -> Weight:
         """Return a loaded linear's weight in the form in which the engine stores it."""
@@ -173,7 +174,7 @@ def build_fusion(source: BlockSource, folder: Path | None) -> int:
             attention = model.backbone.model.language_model.layers[layer].cross_attn
             with loaded(attention), g.scope(f"layers.{layer}/cross_attention"):
                 norm = attention.k_norm
-                # Apart: joined, 1,601 patches took 2 % longer on an H100.
+                # Apart: joined, they took longer on an H100.
                 keys = g.linear(value, "k_proj", attention.k_proj)
                 values = g.linear(value, "v_proj", attention.v_proj)
                 keys = g.head_norm(keys, norm.weight, norm.variance_epsilon)
@@ -275,8 +276,8 @@ def build_decoder(source: BlockSource, encoder: PromptEncoder, folder: Path | No
         return g.save()
 
 
-# The U-Net stays in float32: on photographs FiLM's output reached 2.2e5 (smol-135m), past float16's
-# 65504, and the mask was gone.
+# The U-Net stays in float32: on photographs FiLM's output (smol-135m) went past float16's 65504,
+# and the mask was gone.
 class _UNetEncoder(nn.Module):
     def __init__(self, model: MDFModel) -> None:
         super().__init__()
@@ -374,7 +375,7 @@ def _float32_bytes(*modules: nn.Module) -> int:
 def read_spec(path: Path, precision: Precision) -> BlockSpec:
     """Read a finished block's bindings off its graph."""
     graph = onnx.load(path, load_external_data=False).graph
-    return BlockSpec(path.name, precision, _specs(graph.input), _specs(graph.output))
+    return BlockSpec(path.name, precision, tensor_specs(graph.input), tensor_specs(graph.output))
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -392,18 +393,6 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _is_variadic(module: nn.Module) -> bool:
     return isinstance(module, _UNetDecoder)
-
-
-def _specs(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
-    names = {number: name for name, number in DTYPES.items()}
-    return tuple(
-        TensorSpec(
-            value.name,
-            names[value.type.tensor_type.elem_type],
-            tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
-        )
-        for value in values
-    )
 
 
 def _layer_norm(g: GraphBuilder, x: str, norm: nn.LayerNorm) -> str:

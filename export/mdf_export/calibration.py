@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdf_export.blocks import check_given
+from mdf_export.decisions import spread
 from mdf_export.gptq import Hessian, gptq
 from mdf_export.quantize import BITS, QuantizedWeight, pack_int4, unpack_int4
 from mdf_export.recipe import ExportRecipe
@@ -117,14 +118,15 @@ def calibration_cases(recipe: ExportRecipe) -> tuple[list[Picture], list[str]]:
         DataError: it breaks the format, or holds fewer than MIN_CASES.
     """
     data = open_data(recipe.calibration)
-    count = min(len(data), recipe.calibration_cases)
+    indices = spread(len(data), recipe.calibration_cases)
+    count = len(indices)
     if count < MIN_CASES:
         raise DataError(
             f"calibration {recipe.calibration}: found {count} cases, expected at least "
             f"{MIN_CASES}, better 64: GPTQ fits what it sees. Add cases, or "
             "round to nearest: --method rtn"
         )
-    cases = [data[i * len(data) // count] for i in range(count)]
+    cases = [data[i] for i in indices]
     return [case.image for case in cases], [case.text for case in cases]
 
 
