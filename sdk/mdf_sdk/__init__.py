@@ -11,8 +11,11 @@ from mdf_sdk.errors import (
     BackendError,
     BackendRunError,
     BackendUnavailableError,
+    BusyError,
     CheckpointError,
+    ClosedError,
     DataError,
+    DeviceMemoryError,
     EngineError,
     ImageError,
     InputError,
@@ -20,10 +23,12 @@ from mdf_sdk.errors import (
     ManifestError,
     MDFError,
     MissingExtraError,
+    SignatureError,
     StorageError,
     TextError,
 )
-from mdf_sdk.manifest import Manifest, check_files, load_manifest
+from mdf_sdk.integrity import check_files
+from mdf_sdk.manifest import Manifest, load_manifest
 from mdf_sdk.picture import save_picture
 from mdf_sdk.prediction import EngineIdentity, Prediction
 from mdf_sdk.preprocessing import load_image
@@ -35,8 +40,11 @@ __all__ = [
     "BackendError",
     "BackendRunError",
     "BackendUnavailableError",
+    "BusyError",
     "CheckpointError",
+    "ClosedError",
     "DataError",
+    "DeviceMemoryError",
     "EngineError",
     "EngineIdentity",
     "ImageError",
@@ -48,6 +56,7 @@ __all__ = [
     "ManifestError",
     "MissingExtraError",
     "Prediction",
+    "SignatureError",
     "StorageError",
     "TextError",
     "VerifyReport",

@@ -7,9 +7,13 @@
     ├── EngineError             the engine directory
     │   ├── ManifestError       manifest.json is missing, malformed or of another version
     │   └── IntegrityError      a file is missing, altered, surplus, a link, or elsewhere
+    │       └── SignatureError  the manifest is unsigned, or not signed by the trusted key
     ├── BackendError            the runtime below
     │   ├── BackendUnavailableError   not installed, or no such device
+    │   ├── DeviceMemoryError         the card or the host has too little memory for the engine
     │   └── BackendRunError     it failed while loading or running a block
+    ├── BusyError               the queue before the device is full, or the wait was too long
+    ├── ClosedError             the classifier is closed, or another process's
     ├── MissingExtraError       a command or class needs an extra that is not installed
     ├── StorageError            the disk: full, or not writable
     ├── DataError               a data set (names row and column)
@@ -47,6 +51,10 @@ class IntegrityError(EngineError):
     """A file of the engine is not what the manifest says."""
 
 
+class SignatureError(IntegrityError):
+    """The manifest is unsigned, or its signature is not the trusted key's."""
+
+
 class BackendError(MDFError):
     """The runtime that executes the blocks failed."""
 
@@ -55,8 +63,20 @@ class BackendUnavailableError(BackendError):
     """The backend or device asked for does not work on this machine."""
 
 
+class DeviceMemoryError(BackendError):
+    """The card or the host has too little free memory for the engine."""
+
+
 class BackendRunError(BackendError):
     """A block failed to load or to run."""
+
+
+class BusyError(MDFError):
+    """Too many calls wait, or one waited too long."""
+
+
+class ClosedError(MDFError):
+    """The classifier was closed, or made by another process."""
 
 
 class MissingExtraError(MDFError, ImportError):

@@ -1,10 +1,10 @@
 """The engine directory's manifest: what the engine is, and a SHA-256 for every file in it.
 
 The reader owns the format: export fills these dataclasses, and `save_manifest` is its last act.
+`mdf_sdk.integrity` holds the directory against it, `mdf_sdk.signature` says who vouches for it.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -12,20 +12,24 @@ import re
 import stat
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mdf_sdk.errors import EngineError, IntegrityError, ManifestError
+from mdf_sdk.errors import EngineError, ManifestError
+from mdf_sdk.extras import import_extra
 
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.sig"
 EMBEDDINGS_NAME = "embeddings.npy"
 TOKENIZER_NAME = "tokenizer.json"
 GOLDEN_NAME = "golden.npz"
 PLANS_NAME = "plans"
 FORMAT_NAME = "mdf-engine"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+# A public key as PEM, or the path of a file with one.
+TrustedKey = str | os.PathLike[str] | bytes
 
 Precision = Literal["fp32", "fp16", "fp8", "int8", "int4"]
 QuantizationMethod = Literal["none", "rtn", "gptq"]
@@ -33,11 +37,9 @@ BLOCKS = ("vision", "unet_encoder", "fusion", "decoder", "unet_decoder")
 
 _MAX_MANIFEST_BYTES = 4_000_000  # one of 40 layers has some 30 kB
 _MAX_SIDE_PX = 4096
+_MAX_SHOWN = 200  # characters of the file in a message
 _DTYPES = ("float16", "float32", "int64", "bool")
-# No "..", no leading "/", no drive letter, no backslash, no control character, the same on every
-# system.
-_SAFE_PATH = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
-_REEXPORT = "Export it again: mdf export CHECKPOINT ENGINE"
+REEXPORT = "Export it again: mdf export CHECKPOINT ENGINE"
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One graph: its ONNX file, its weight precision, and its bindings."""
+    """One graph: its ONNX file, its weight precision, and its bindings.
+
+    Attributes:
+        activation_bytes: peak of its live tensors for one case with the longest text.
+    """
 
     file: str
     precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    activation_bytes: int
 
 
 @dataclass(frozen=True)
@@ -180,12 +187,30 @@ class Manifest:
     built_with: dict[str, str]
 
 
-def load_manifest(engine_dir: str | os.PathLike[str]) -> Manifest:
-    """Read and check manifest.json; opens no other file.
+def load_manifest(
+    engine_dir: str | os.PathLike[str], trusted_key: TrustedKey | None = None
+) -> Manifest:
+    """Read and check manifest.json; opens no other file of the engine but its signature.
+
+    Args:
+        trusted_key: whose signature the manifest must have; None asks for none.
 
     Raises:
         EngineError: there is no such directory.
         ManifestError: the manifest is missing, malformed, or of another version. Names the field.
+        SignatureError: the manifest is not signed, or not with the trusted key.
+        InputError: the trusted key is none.
+        MissingExtraError: signatures need the extra `sign`.
+    """
+    return parse_manifest(read_manifest(engine_dir, trusted_key))
+
+
+def read_manifest(
+    engine_dir: str | os.PathLike[str], trusted_key: TrustedKey | None = None
+) -> bytes:
+    """Read manifest.json once, and prove those bytes before anything parses them.
+
+    See `load_manifest`.
     """
     directory = Path(engine_dir)
     if not directory.is_dir():
@@ -193,23 +218,45 @@ def load_manifest(engine_dir: str | os.PathLike[str]) -> Manifest:
             f"engine {directory}: found no such directory, expected one that "
             "`mdf export CHECKPOINT ENGINE` made"
         )
-    document = _parse(_read_bytes(directory / MANIFEST_NAME))
+    data = _read_bytes(directory / MANIFEST_NAME)
+    if trusted_key is not None:
+        import_extra("mdf_sdk.signature", "sign").check_signature(data, directory, trusted_key)
+    return data
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Turn the content of manifest.json into a value.
+
+    Raises:
+        ManifestError: it is malformed, or of another version. Names the field.
+    """
+    document = _parse(data)
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT_NAME:
         raise _wrong("format", "another document", f'an object with "format": "{FORMAT_NAME}"')
     version = document.pop("version", None)
     if type(version) is not int or version != FORMAT_VERSION:
+        built_with = document.get("built_with")
+        release = built_with.get("mdf-mllm") if isinstance(built_with, dict) else "unknown"
         raise ManifestError(
-            f"{MANIFEST_NAME}: found version {version!r}, expected {FORMAT_VERSION}. Export the "
-            "checkpoint again with this release (mdf export CHECKPOINT ENGINE), or install the "
-            f"release of mdf-mllm that wrote it: {str(document.get('built_with', 'unknown'))[:200]}"
+            f"{MANIFEST_NAME}: found version {_show(version)}, expected {FORMAT_VERSION}. Export "
+            "the checkpoint again with this release (mdf export CHECKPOINT ENGINE), or install the "
+            f"release that wrote it: mdf-mllm {_show(release)}"
         )
     manifest: Manifest = _to_value(document, Manifest, "")
     _check_values(manifest)
     return manifest
 
 
-def save_manifest(manifest: Manifest, engine_dir: str | os.PathLike[str]) -> None:
-    """Write manifest.json, whole or not at all: the last act of an export.
+def save_manifest(
+    manifest: Manifest, engine_dir: str | os.PathLike[str], *, workspace: Path | None = None
+) -> None:
+    """Write manifest.json, whole or not at all: the last act of an export or a compilation.
+
+    Removes the signature of the manifest that was there: who signed that one did not see this one.
+
+    Args:
+        workspace: takes the unfinished file; a folder of the engine's file system, by default the
+            engine's own.
 
     Raises:
         ManifestError: a value that `load_manifest` would refuse.
@@ -217,79 +264,29 @@ def save_manifest(manifest: Manifest, engine_dir: str | os.PathLike[str]) -> Non
     _check_values(manifest)
     document = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
     path = Path(engine_dir) / MANIFEST_NAME
-    unfinished = path.with_suffix(".part")
+    unfinished = (workspace or path.parent) / f"{MANIFEST_NAME}.part"
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(path)
-
-
-def check_files(engine_dir: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Check that the directory holds the manifest's files, bit for bit, and nothing else.
-
-    Surplus files in `plans` are overlooked: an interrupted `mdf compile` leaves some, no one opens
-    a plan that is not listed, and the next `mdf compile` removes them. Reads every byte of the
-    listed files once and parses none of them.
-
-    Raises:
-        IntegrityError: a file is missing, altered, surplus, a link, or outside the directory.
-    """
-    directory = Path(engine_dir)
-    for name in manifest.files:
-        if not _SAFE_PATH.fullmatch(name):
-            raise IntegrityError(
-                f"{MANIFEST_NAME}: found the path {name!r}, expected a plain relative path inside "
-                f"the engine directory. Do not use this engine. {_REEXPORT}"
-            )
-    try:
-        found = dict(_walk(directory, directory))
-        for name, status in found.items():
-            if not stat.S_ISREG(status.st_mode):
-                kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "a special file"
-                raise _damaged(name, kind, "a regular file")
-        for name in found.keys() - manifest.files.keys() - {MANIFEST_NAME}:
-            if not name.startswith(f"{PLANS_NAME}/"):
-                raise _damaged(
-                    name, "a file that the manifest does not list", "none", cure="Remove it. "
-                )
-        for name, entry in manifest.files.items():
-            if name not in found:
-                raise _damaged(name, "no such file", f"{entry.bytes} bytes")
-            if found[name].st_size != entry.bytes:
-                raise _damaged(name, f"{found[name].st_size} bytes", f"{entry.bytes} bytes")
-        for name, entry in manifest.files.items():
-            actual = digest(directory / name)
-            if actual != entry:
-                raise _damaged(name, f"SHA-256 {actual.sha256}", entry.sha256)
-    except OSError as error:
-        raise IntegrityError(
-            f"engine {directory}: found an unreadable file ({error.strerror}), expected all to be "
-            "readable. Check the permissions and the disk"
-        ) from error
-
-
-def digest(path: Path) -> FileEntry:
-    """Hash a file as a stream; the size is that of the bytes hashed."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileEntry(sha256, file.tell())
+    path.with_name(SIGNATURE_NAME).unlink(missing_ok=True)
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise ManifestError(
-                f"{path}: found a link or special file, expected a regular file. {_REEXPORT}"
+                f"{path}: found a link or special file, expected a regular file. {REEXPORT}"
             )
         with path.open("rb") as file:
             data = file.read(_MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise ManifestError(
             f"{path}: could not be read ({error.strerror}). An engine directory has one: an "
-            f"interrupted export or copy leaves none. {_REEXPORT}"
+            f"interrupted export or copy leaves none. {REEXPORT}"
         ) from error
     if len(data) > _MAX_MANIFEST_BYTES:
         raise ManifestError(
-            f"{path}: found more than {_MAX_MANIFEST_BYTES} bytes, expected fewer. {_REEXPORT}"
+            f"{path}: found more than {_MAX_MANIFEST_BYTES} bytes, expected fewer. {REEXPORT}"
         )
     return data
 
@@ -308,7 +305,7 @@ def _parse(data: bytes) -> Any:
         return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ManifestError(
-            f"{MANIFEST_NAME}: found invalid JSON ({error}), expected one object. {_REEXPORT}"
+            f"{MANIFEST_NAME}: found invalid JSON ({error}), expected one object. {REEXPORT}"
         ) from error
 
 
@@ -319,7 +316,7 @@ def _to_value(found: Any, expected: Any, where: str) -> Any:
         names = [field.name for field in dataclasses.fields(expected)]
         hints = typing.get_type_hints(expected)
         if not isinstance(found, dict):
-            raise _wrong(where, _kind(found), "an object")
+            raise _wrong(where, _show(found), "an object")
         for name in found.keys() - set(names):
             raise _wrong(_join(where, name), "an unknown field", "none")
         for name in names:
@@ -329,7 +326,7 @@ def _to_value(found: Any, expected: Any, where: str) -> Any:
         return typing.cast(type, expected)(**values)
     if origin is dict:
         if not isinstance(found, dict):
-            raise _wrong(where, _kind(found), "an object")
+            raise _wrong(where, _show(found), "an object")
         key_type, value_type = arguments
         return {
             _to_value(key, key_type, where): _to_value(value, value_type, _join(where, key))
@@ -337,7 +334,7 @@ def _to_value(found: Any, expected: Any, where: str) -> Any:
         }
     if origin is tuple:
         if not isinstance(found, list):
-            raise _wrong(where, _kind(found), "an array")
+            raise _wrong(where, _show(found), "an array")
         if arguments[-1] is Ellipsis:
             arguments = (arguments[0],) * len(found)
         if len(found) != len(arguments):
@@ -346,13 +343,15 @@ def _to_value(found: Any, expected: Any, where: str) -> Any:
         return tuple(_to_value(value, kind, f"{where}[{i}]") for i, (value, kind) in pairs)
     if origin is Literal:
         if found not in arguments:
-            raise _wrong(where, repr(found)[:50], " or ".join(arguments))
+            raise _wrong(where, _show(found), " or ".join(arguments))
         return found
     allowed = arguments if origin is types.UnionType else (expected,)
     if float in allowed and type(found) is int and abs(found) < 2**53:
         return float(found)
     if type(found) not in allowed:
-        raise _wrong(where, _kind(found), " or ".join(kind.__name__ for kind in allowed))
+        raise _wrong(where, _show(found), " or ".join(kind.__name__ for kind in allowed))
+    if type(found) is int and not -(2**63) <= found < 2**63:
+        raise _wrong(where, "a larger number", "one of 64 bits")
     if isinstance(found, float) and not math.isfinite(found):
         raise _wrong(where, str(found), "a finite number")
     if isinstance(found, str) and any("\ud800" <= character <= "\udfff" for character in found):
@@ -398,13 +397,15 @@ def _check_values(manifest: Manifest) -> None:
             "a name listed in files",
         )
         _check_tensors(block, f"blocks.{name}")
+        live = block.activation_bytes
+        need(live >= 0, f"blocks.{name}.activation_bytes", live, "a size")
     for i, plan in enumerate(manifest.plans):
         where = f"plans[{i}]"
         need(plan.block in BLOCKS, f"{where}.block", plan.block, f"one of {', '.join(BLOCKS)}")
         listed = plan.file in manifest.files and plan.file.startswith(f"{PLANS_NAME}/")
         need(listed, f"{where}.file", plan.file, f"a name in {PLANS_NAME}/, listed in files")
         capabilities = plan.compute_capabilities
-        known = capabilities and all(re.fullmatch(r"\d+\.\d", c) for c in capabilities)
+        known = capabilities and all(re.fullmatch(r"[0-9]+\.[0-9]", c) for c in capabilities)
         need(bool(known), f"{where}.compute_capabilities", capabilities, 'some, such as "8.9"')
         _check_tensors(plan, where)
         free = {d for tensor in plan.inputs for d in tensor.shape if isinstance(d, str)}
@@ -433,37 +434,24 @@ def _check_tensors(bound: BlockSpec | PlanSpec, where: str) -> None:
         for tensor in tensors:
             if tensor.dtype not in _DTYPES:
                 raise _wrong(f"{where}.{kind}", repr(tensor.dtype), f"a dtype among {_DTYPES}")
-
-
-def _walk(directory: Path, root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield (POSIX path below root, status) of everything that is no directory; follows no link."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path), root)
-            else:
-                yield (
-                    Path(entry.path).relative_to(root).as_posix(),
-                    entry.stat(follow_symlinks=False),
-                )
+            if any(isinstance(side, int) and side < 0 for side in tensor.shape):
+                raise _wrong(f"{where}.{kind}", repr(tensor.shape), "no negative side")
 
 
 def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _kind(found: object) -> str:
-    return f"{type(found).__name__} {str(found)[:50]!r}"
+def _show(found: object) -> str:
+    """Describe a parsed value in a few words; one that holds others by its type alone."""
+    if isinstance(found, dict | list | tuple):
+        return f"{type(found).__name__} of {len(found)}"
+    return repr(found)[:_MAX_SHOWN]
 
 
 def _wrong(where: str, found: str, expected: str) -> ManifestError:
+    # Names of fields are the file's own words: a terminal must not obey them.
+    where = "".join(c if c.isprintable() else "?" for c in where[:_MAX_SHOWN])
     return ManifestError(
-        f"{MANIFEST_NAME}, {where}: found {found}, expected {expected}. {_REEXPORT}"
-    )
-
-
-def _damaged(name: str, found: str, expected: str, cure: str = "") -> IntegrityError:
-    return IntegrityError(
-        f"{name}: found {found}, expected {expected}. {cure}Copy the engine again or export it "
-        "again: mdf export CHECKPOINT ENGINE"
+        f"{MANIFEST_NAME}, {where}: found {found[:_MAX_SHOWN]}, expected {expected}. {REEXPORT}"
     )

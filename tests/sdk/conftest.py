@@ -50,7 +50,9 @@ def entry_points_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "site" / "stand_in-1.0.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: stand-in\nVersion: 1.0\n")
-    commands = [f"{name} = mdf_sdk.commands:add_{name}\n" for name in ("predict", "info", "verify")]
+    commands = [
+        f"{name} = mdf_sdk.commands:add_{name}\n" for name in ("predict", "info", "verify", "sign")
+    ]
     path = folder / "entry_points.txt"
     path.write_text("[mdf.commands]\n" + "".join(commands))
     monkeypatch.syspath_prepend(folder.parent)

@@ -3,10 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mdf_sdk import EngineError, IntegrityError, load_manifest, verify_engine
 from mdf_sdk.manifest import BLOCKS
 from mdf_sdk.sessions import Array
+from mdf_sdk.verify import _load_golden
 
 from .toy_engine import seal
 
@@ -99,3 +102,57 @@ def test_an_altered_file_is_found_before_a_block_runs(toy_copy: Path) -> None:
     (toy_copy / "fusion.onnx").write_bytes(b"altered")
     with pytest.raises(IntegrityError, match=r"fusion\.onnx"):
         verify_engine(toy_copy)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array(["text"]),
+        np.zeros((1, 3, 32, 32), np.complex64),
+        np.zeros((1, 3, 32, 32)),
+        np.zeros((0, 3, 32, 32), np.float32),
+    ],
+    ids=["text", "complex", "float64", "empty"],
+)
+def test_golden_values_of_another_kind_are_refused(toy_copy: Path, array: Array) -> None:
+    change_golden(toy_copy, case0__mask=array)
+    with pytest.raises(EngineError, match=r"golden\.npz: found case0/mask as"):
+        verify_engine(toy_copy)
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 3), (2, 2)])
+def test_golden_scores_of_another_shape_are_another_label(
+    toy_copy: Path, shape: tuple[int, ...]
+) -> None:
+    change_golden(toy_copy, case0__scores=np.zeros(shape, np.float32))
+    report = verify_engine(toy_copy)
+    assert report.same_label == 1
+    assert not report.ok
+
+
+def test_infinite_golden_values_fail(toy_copy: Path) -> None:
+    change_golden(toy_copy, case1__mask=np.full((1, 3, 32, 32), np.inf, np.float32))
+    assert not verify_engine(toy_copy).ok
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_damaged_golden_file_is_read_or_refused(
+    toy_engine: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    content = bytearray((toy_engine / "golden.npz").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        # half of the draws near the end, where the archive's directory is
+        place = data.draw(
+            st.integers(0, len(content) - 1) | st.integers(len(content) - 3000, len(content) - 1)
+        )
+        content[place] = data.draw(st.integers(0, 255))
+    end = data.draw(st.just(len(content)) | st.integers(0, len(content)))
+    path = tmp_path / "golden.npz"
+    path.write_bytes(content[:end])
+    try:
+        cases = _load_golden(path)
+    except EngineError as error:
+        assert len(str(error)) < 1000  # noqa: PT017
+        return
+    assert all(array.size for tensors in cases.values() for array in tensors.values())

@@ -10,18 +10,21 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mdf_sdk.integrity import digest
 from mdf_sdk.manifest import (
     EMBEDDINGS_NAME,
     GOLDEN_NAME,
     MANIFEST_NAME,
+    PLANS_NAME,
     TOKENIZER_NAME,
     BlockSpec,
     ImageSpec,
     Manifest,
+    PlanSpec,
     PromptSpec,
     QuantizationSpec,
     TensorSpec,
-    digest,
+    load_manifest,
     save_manifest,
 )
 from mdf_sdk.prompt import PromptEncoder
@@ -29,6 +32,7 @@ from mdf_sdk.prompt import PromptEncoder
 TOWER_PX, UNET_PX, WIDTH, VISION_TOKENS = 16, 32, 8, 4
 LAYERS = (1, 3)
 LABELS = ("Acquired", "Inherited")
+ACTIVATION_BYTES = 100_000  # of each block: more than any needs
 MASK_KINDS = ("vessel", "lesion", "disc")
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|image|>", "<|eot_id|>")
 PROMPT = PromptSpec(
@@ -104,7 +108,7 @@ def build_toy_engine(engine_dir: Path, *, score_bias: float = 0.0) -> Manifest:
         prompt=PROMPT,
         quantization=QuantizationSpec("none", 0, "", {}),
         blocks={
-            block: BlockSpec(f"{block}.onnx", "fp32", inputs, outputs)
+            block: BlockSpec(f"{block}.onnx", "fp32", inputs, outputs, ACTIVATION_BYTES)
             for block, (inputs, outputs) in _BINDINGS.items()
         },
         plans=(),
@@ -121,6 +125,30 @@ def seal(engine_dir: Path, manifest: Manifest) -> Manifest:
     manifest = dataclasses.replace(manifest, files={path.name: digest(path) for path in paths})
     save_manifest(manifest, engine_dir)
     return manifest
+
+
+def make_plan(engine_dir: Path) -> PlanSpec:
+    """Write the file of a plan of the vision block; the manifest does not list it."""
+    spec = load_manifest(engine_dir).blocks["vision"]
+    (engine_dir / PLANS_NAME).mkdir()
+    (engine_dir / PLANS_NAME / "vision.plan").write_bytes(b"plan")
+    return PlanSpec(
+        block="vision",
+        file=f"{PLANS_NAME}/vision.plan",
+        builder="tensorrt_rtx 1.7",
+        compute_capabilities=("8.9", "12.0"),
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        profile={"batch": (1, 1, 8)},
+        build_s=1.5,
+    )
+
+
+def add_plan(engine_dir: Path) -> None:
+    """Make a plan and list it in the manifest."""
+    manifest, plan = load_manifest(engine_dir), make_plan(engine_dir)
+    files = manifest.files | {plan.file: digest(engine_dir / plan.file)}
+    save_manifest(dataclasses.replace(manifest, plans=(plan,), files=files), engine_dir)
 
 
 def _random(seed: int, *shape: int) -> npt.NDArray[np.float32]:
