@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from mdf_sdk.errors import InputError
+from mdf_sdk.errors import ImageError, InputError
 from mdf_sdk.prediction import Prediction
-from mdf_sdk.preprocessing import ImageSource, Picture, crop_square, load_image
+from mdf_sdk.preprocessing import ImageSource, Picture, crop_square, find_square, load_image
 
 _PANEL_PX = 512
 _MARGIN_PX = 24
@@ -55,14 +55,22 @@ def save_picture(path: str | os.PathLike[str], image: ImageSource, prediction: P
 
     Args:
         path: .png or .jpg; a file there is replaced.
-        image: the photograph that the prediction is about.
+        image: the photograph that the prediction is about. One whose field of view lies elsewhere
+            is refused; another that happens to fill the same square is not noticed.
 
     Raises:
-        ImageError: the photograph cannot be used.
+        ImageError: the photograph cannot be used, or is another.
         InputError: nothing can be written to the path.
     """
     check_picture_path(path, image)
-    squared: Picture = crop_square(load_image(image), prediction.square, _PANEL_PX)
+    photograph = load_image(image)
+    square = find_square(photograph)
+    if square != prediction.square:
+        raise ImageError(
+            f"image: found its field of view at {square}, expected {prediction.square} as in the "
+            "prediction. Pass the photograph that was predicted"
+        )
+    squared: Picture = crop_square(photograph, square, _PANEL_PX)
     panels = [("Photograph", squared)]
     if prediction.mask is not None:
         panels.append(("Mask", _draw_mask(squared, prediction.mask)))

@@ -10,6 +10,7 @@ body and its own earlier tokens, and starts at the position after the body, so o
 each label exactly as a forward of its own would.
 """
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,18 @@ from mdf_sdk.errors import TextError
 from mdf_sdk.manifest import PromptSpec
 
 MAX_CHARACTERS = 100_000  # some 40 pages: tokenizing more would take seconds to cut it all off
+# UAX #15's stream-safe limit. Normalizing takes the square of a run's length: 6 s for 100,000.
+_MAX_MARKS = 30
+_NEW_LINES = re.compile("\r\n?|[\x85\u2028\u2029]")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What shows nothing and may hide or reorder what is shown: soft hyphens, zero-width spaces, marks
+# and overrides of the writing direction, fillers, variation selectors, interlinear notes, tags.
+# The zero-width joiners (U+200C, U+200D) stay: Persian and Hindi spell with them.
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
+)
+_JOINERS = "\u200c\u200d"
 
 
 @dataclass(frozen=True)
@@ -78,11 +91,13 @@ class PromptEncoder:
     def encode(self, text: str) -> EncodedText:
         """Tokenize one clinical text; special tokens in it are plain characters.
 
-        The text is NFC-normalized and stripped. Ids beyond `spec.max_text_tokens` are cut off its
-        end and counted.
+        Before that every line ends with LF, other control characters but tabs become spaces,
+        characters that show nothing are removed (zero-width ones, marks of the writing direction),
+        and the text is NFC-normalized and stripped. Ids beyond `spec.max_text_tokens` are cut off
+        its end and counted.
 
         Raises:
-            TextError: not a string, empty, or not encodable as UTF-8.
+            TextError: not a string, empty once cleaned, or no Unicode text.
         """
         if not isinstance(text, str):
             raise TextError(f"clinical text: found {type(text).__name__}, expected str")
@@ -91,8 +106,8 @@ class PromptEncoder:
                 f"clinical text: found {len(text)} characters, expected at most {MAX_CHARACTERS}. "
                 "Pass the part that describes the patient."
             )
-        text = unicodedata.normalize("NFC", text).strip()
-        if not text:
+        text = _clean(text)
+        if all(character in _JOINERS or character.isspace() for character in text):
             raise TextError(
                 "clinical text: found an empty text, expected at least one word. "
                 "If nothing is known of the patient, say so: text='No clinical information.'"
@@ -108,13 +123,27 @@ class PromptEncoder:
         limit = self.spec.max_text_tokens
         return EncodedText(tuple(ids[:limit]), max(0, len(ids) - limit))
 
-    def pack(self, texts: Sequence[EncodedText]) -> PackedPrompt:
-        """Lay B encoded texts and the label set out as one prefill."""
+    @property
+    def label_rows(self) -> int:
+        """M: the fed label tokens, all but the last of each label."""
+        return sum(len(ids) - 1 for ids in self.label_ids)
+
+    def count_rows(self, text_tokens: int) -> int:
+        """Rows of a prefill whose longest text has so many tokens, the prefix left out."""
+        return 1 + text_tokens + len(self.suffix_ids) + self.label_rows
+
+    def pack(self, texts: Sequence[EncodedText], rows: int = 0) -> PackedPrompt:
+        """Lay B encoded texts and the label set out as one prefill.
+
+        Args:
+            rows: pad to at least so many, the prefix left out.
+        """
         bodies = [(self.image_id, *text.ids, *self.suffix_ids) for text in texts]
         prefix, fed = len(self.prefix_ids), [ids[:-1] for ids in self.label_ids]
         longest = max(len(body) for body in bodies)
+        longest = max(longest, rows - self.label_rows)
         batch, labels_at = len(bodies), prefix + longest
-        length = labels_at + sum(len(ids) for ids in fed)
+        length = labels_at + self.label_rows
 
         ids = np.zeros((batch, length), np.int64)
         positions = np.zeros((batch, length), np.int64)
@@ -169,3 +198,20 @@ class PromptEncoder:
                 f"tokenizer.json: found no token {token!r}, expected it as a special token"
             )
         return int(token_id)
+
+
+def _clean(text: str) -> str:
+    """Leave what a reader sees; plain text stays as it is."""
+    text = _CONTROLS.sub(" ", _NEW_LINES.sub("\n", text))
+    if text.isascii():
+        return text.strip()
+    text = _INVISIBLE.sub("", text)
+    marks = 0
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > _MAX_MARKS:
+            raise TextError(
+                f"clinical text: found more than {_MAX_MARKS} combining marks on one character, "
+                "expected text. Decode the source with its true encoding."
+            )
+    return unicodedata.normalize("NFC", text).strip()

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from mdf_sdk import InputError, MDFClassifier, save_picture
+from mdf_sdk import ImageError, InputError, MDFClassifier, save_picture
 
 Picture = npt.NDArray[np.uint8]
 
@@ -56,3 +56,12 @@ def test_the_photograph_itself_is_never_overwritten(
     with pytest.raises(InputError, match="found the photograph itself"):
         save_picture(tmp_path / "." / "eye.png", eye, classifier.predict(eye, "a"))
     assert eye.read_bytes() == before
+
+
+def test_another_photograph_than_the_predictions_is_refused(
+    classifier: MDFClassifier, photograph: Picture, tmp_path: Path
+) -> None:
+    prediction = classifier.predict(photograph, "a")
+    with pytest.raises(ImageError, match="Pass the photograph that was predicted"):
+        save_picture(tmp_path / "out.png", photograph[:, 40:], prediction)
+    assert list(tmp_path.iterdir()) == []

@@ -1,18 +1,32 @@
 import io
+import sys
 import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from zlib import compress, crc32
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
-from mdf_sdk import ImageError, load_image
+from mdf_sdk import ImageError, MissingExtraError, load_image
 from mdf_sdk.manifest import ImageSpec
-from mdf_sdk.preprocessing import Square, crop_square, find_square, to_pixels
+from mdf_sdk.preprocessing import (
+    Square,
+    crop_square,
+    decode,
+    find_square,
+    no_warnings,
+    normalize,
+    read_source,
+    to_pixels,
+)
 
 SPEC = ImageSpec(56, 48, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (0.0,) * 3, (1.0,) * 3)
 Picture = npt.NDArray[np.uint8]
@@ -22,6 +36,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def swapped_profile() -> bytes:
+    """An ICC profile for which red is blue, and blue red."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+    return profile.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
 
 
 def test_path_bytes_image_and_array_give_the_same_pixels(
@@ -34,18 +55,158 @@ def test_path_bytes_image_and_array_give_the_same_pixels(
         np.testing.assert_array_equal(load_image(source), photograph)
 
 
-def test_exif_orientation_is_applied(photograph: Picture) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    data = encoded(Image.fromarray(photograph), exif=exif)
-    np.testing.assert_array_equal(load_image(data), np.rot90(photograph, -1))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, lambda p: p),
+        (2, lambda p: p[:, ::-1]),
+        (3, lambda p: p[::-1, ::-1]),
+        (4, lambda p: p[::-1]),
+        (5, lambda p: p.transpose(1, 0, 2)),
+        (6, lambda p: np.rot90(p, -1)),
+        (7, lambda p: p[::-1, ::-1].transpose(1, 0, 2)),
+        (8, np.rot90),
+    ],
+)
+def test_exif_orientation_is_applied(
+    photograph: Picture, kind: str, orientation: int, turned: Callable[[Picture], Picture]
+) -> None:
+    image, exif = Image.fromarray(photograph), Image.Exif()
+    exif[0x0112] = orientation
+    expected = turned(load_image(encoded(image, kind)))
+    np.testing.assert_array_equal(load_image(encoded(image, kind, exif=exif)), expected)
 
 
 def test_16_bit_gray_is_scaled_and_not_clipped() -> None:
     gray = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for kind in ("PNG", "TIFF"):
+        picture = load_image(encoded(Image.fromarray(gray), kind))
+        assert picture.shape == (64, 64, 3)
+        np.testing.assert_array_equal(picture[:, :, 0], gray >> 8)
+
+
+def test_12_bits_in_a_16_bit_gray_file_fill_8() -> None:
+    gray = np.linspace(0, 4095, 64 * 64).astype(np.uint16).reshape(64, 64)
     picture = load_image(encoded(Image.fromarray(gray)))
-    assert picture.shape == (64, 64, 3)
-    np.testing.assert_array_equal(picture[:, :, 0], gray >> 8)
+    np.testing.assert_array_equal(picture[:, :, 0], gray >> 4)
+
+
+def test_16_bit_gray_in_which_0_is_white_is_inverted() -> None:
+    gray = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    picture = load_image(encoded(Image.fromarray(gray), "TIFF", tiffinfo={262: 0}))
+    np.testing.assert_array_equal(picture[:, :, 0], 255 - (gray >> 8))
+
+
+def png_of_16_bits(values: npt.NDArray[np.uint16]) -> bytes:
+    """A color PNG, which Pillow reads and cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return len(data).to_bytes(4, "big") + body + crc32(body).to_bytes(4, "big")
+
+    height, width, _ = values.shape
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_16_bit_color_is_scaled() -> None:
+    values = np.linspace(0, 65535, 40 * 40 * 3).astype(np.uint16).reshape(40, 40, 3)
+    np.testing.assert_array_equal(load_image(png_of_16_bits(values)), values >> 8)
+
+
+def test_12_bits_in_a_16_bit_color_file_are_refused() -> None:
+    values = np.linspace(0, 4095, 40 * 40 * 3).astype(np.uint16).reshape(40, 40, 3)
+    with pytest.raises(ImageError, match=r"12 bits or less.*8 bits a channel"):
+        load_image(png_of_16_bits(values))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_a_color_profile_is_converted_to_srgb(photograph: Picture, kind: str) -> None:
+    image = Image.fromarray(photograph)
+    plain = load_image(encoded(image, kind))
+    converted = load_image(encoded(image, kind, icc_profile=swapped_profile()))
+    np.testing.assert_allclose(converted, plain[:, :, ::-1], atol=2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("damage", [lambda p: b"broken", lambda p: p[:200], lambda p: p[::-1]])
+def test_a_broken_or_foreign_profile_counts_as_none(
+    photograph: Picture, mode: str, damage: Callable[[bytes], bytes]
+) -> None:
+    image = Image.fromarray(photograph).convert(mode)
+    plain = load_image(encoded(image, "TIFF"))
+    data = encoded(image, "TIFF", icc_profile=damage(swapped_profile()))
+    np.testing.assert_array_equal(load_image(data), plain)
+
+
+def test_srgb_profiles_change_no_pixel(photograph: Picture) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = encoded(Image.fromarray(photograph), icc_profile=profile)
+    np.testing.assert_array_equal(load_image(data), photograph)
+
+
+def test_lab_becomes_srgb(photograph: Picture) -> None:
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(Image.fromarray(photograph), srgb, lab, outputMode="LAB")
+    assert image is not None
+    np.testing.assert_allclose(load_image(encoded(image, "TIFF")), photograph, atol=6)
+
+
+def test_cmyk_of_a_jpeg_is_not_inverted(photograph: Picture) -> None:
+    image = Image.fromarray(photograph)
+    picture = load_image(encoded(image.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(picture.astype(int) - photograph).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "WEBP", "PNG"])
+def test_of_several_pictures_one_must_be_chosen(photograph: Picture, kind: str) -> None:
+    pages = [Image.fromarray(np.roll(photograph, 40 * i, axis=1)) for i in range(3)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(pages[0], kind, save_all=True, append_images=pages[1:], **options)
+    with pytest.raises(ImageError, match=r"found 3 pictures in one file.*--frame 0"):
+        load_image(data)
+    with pytest.raises(ImageError, match="found 3 pictures and frame 3"):
+        load_image(data, 3)
+    for index, page in enumerate(pages):
+        off = load_image(data, frame=index).astype(int) - np.asarray(page)
+        assert np.abs(off).max() <= 0
+
+
+def test_a_jpeg_with_previews_is_one_picture(photograph: Picture) -> None:
+    image = Image.fromarray(photograph)
+    preview = image.resize((64, 48))
+    data = encoded(image, "MPO", save_all=True, append_images=[preview])
+    np.testing.assert_array_equal(load_image(data), load_image(encoded(image, "JPEG")))
+
+
+@pytest.mark.parametrize("frame", [-1, True, 0.0, "0"])
+def test_what_is_no_frame_number_is_refused(frame: Any) -> None:
+    with pytest.raises(ImageError, match="frame: found"):
+        load_image(encoded(Image.new("RGB", (40, 40))), frame)
+
+
+def test_a_decoded_image_has_no_frames(photograph: Picture) -> None:
+    for image in (photograph, Image.fromarray(photograph)):
+        with pytest.raises(ImageError, match="Only files have frames"):
+            load_image(image, frame=0)
+
+
+def test_frames_of_one_file_have_different_keys() -> None:
+    data = encoded(Image.new("RGB", (40, 40)))
+    assert len({read_source(data, frame).key for frame in (None, 0, 1)}) == 3
+    assert read_source(data).key == read_source(bytes(data)).key
+
+
+def test_dicom_without_its_extra_is_refused_with_the_install_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    monkeypatch.delitem(sys.modules, "mdf_sdk.dicom", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mdf-mllm\[dicom\]'"):
+        load_image(bytes(128) + b"DICM")
 
 
 def test_transparency_becomes_black() -> None:
@@ -53,8 +214,31 @@ def test_transparency_becomes_black() -> None:
     assert load_image(encoded(image)).max() == 0
 
 
+def flat(value: int, noise: int = 0) -> Picture:
+    random = np.random.default_rng(0).integers(-noise, noise + 1, (300, 400, 3))
+    return (value + random).astype(np.uint8)
+
+
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("L", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("1", "PNG")]
+    "picture",
+    [flat(0), flat(255), flat(128), flat(3, noise=3)],
+    ids=["black", "white", "gray", "unlit"],
+)
+def test_a_photograph_on_which_nothing_is_to_be_seen_is_refused(picture: Picture) -> None:
+    picture[:10, :40] = 255  # a caption
+    for source in (picture, encoded(Image.fromarray(picture))):
+        with pytest.raises(ImageError, match="nothing to see"):
+            decode(read_source(source))
+
+
+def test_the_flattest_photograph_that_was_found_is_decoded() -> None:
+    gradient = np.linspace(60, 100, 400).astype(np.uint8)  # of 1,458, the least was 42 of 255
+    picture = np.tile(gradient[None, :, None], (300, 1, 3))
+    np.testing.assert_array_equal(decode(read_source(picture)), picture)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")]
 )
 def test_other_modes_become_rgb(mode: str, kind: str) -> None:
     image = Image.new("RGB", (40, 50), (255, 255, 255)).convert(mode)
@@ -115,17 +299,13 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     png = bytearray(encoded(Image.new("L", (32, 32))))
     png[16:24] = (60_000).to_bytes(4, "big") * 2  # the header's width and height
-    from zlib import crc32
-
     png[29:33] = crc32(png[12:29]).to_bytes(4, "big")
     with pytest.raises(ImageError, match="too large to decode"):
         load_image(bytes(png))
 
 
 @given(
-    prefix=st.sampled_from(
-        [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"BM", b"GIF89a"]
-    ),
+    prefix=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"BM"]),
     data=st.binary(max_size=300),
 )
 @settings(deadline=None)
@@ -209,6 +389,48 @@ def test_pixels_are_normalized_planes() -> None:
     assert (unet.shape, unet.dtype) == ((3, 48, 48), np.float32)
     np.testing.assert_allclose(tower[:, 5, 5], [2.5, 0.0, -0.75], atol=1e-6)
     np.testing.assert_allclose(unet[:, 5, 5], [1.0, 0.4, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [40, 100, 1395])
+@pytest.mark.parametrize("at", [-7, 0, 60])
+def test_pixels_are_the_squares_that_training_keeps(side: int, at: int) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (200, 230, 3), np.uint8)
+    square = Square(at, -at, side)
+    tower, unet = to_pixels(picture, SPEC, square)
+    own = crop_square(picture, square, SPEC.tower_px)
+    np.testing.assert_array_equal(tower, normalize(own, SPEC.tower_mean, SPEC.tower_std))
+    own = crop_square(picture, square, SPEC.unet_px)
+    np.testing.assert_array_equal(unet, normalize(own, SPEC.unet_mean, SPEC.unet_std))
+
+
+@given(side=st.integers(1, 400), side_px=st.integers(1, 120))
+@settings(deadline=None, max_examples=50)
+def test_a_crop_is_what_pillow_makes_of_it_in_one_call(side: int, side_px: int) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (200, 230, 3), np.uint8)
+    whole = Image.fromarray(picture).crop((-5, 3, side - 5, side + 3))
+    bilinear = Image.Resampling.BILINEAR
+    expected = whole.resize((side_px, side_px), bilinear, reducing_gap=1.0)
+    crop = crop_square(picture, Square(-5, 3, side), side_px)
+    np.testing.assert_array_equal(crop, np.asarray(expected))
+
+
+def test_overlapping_calls_leave_the_warning_filters_as_they_were() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        with ExitStack() as one:
+            one.enter_context(no_warnings)
+            with ExitStack() as two:
+                two.enter_context(no_warnings)
+                one.close()
+                warnings.warn("not heard", stacklevel=1)
+        assert list(warnings.filters) == before
+        with pytest.raises(UserWarning, match="heard"):
+            warnings.warn("heard", stacklevel=1)
+
+
+def test_a_loaded_image_may_be_drawn_on(photograph: Picture) -> None:
+    load_image(encoded(Image.fromarray(photograph)))[:] = 0
 
 
 def test_pixels_are_the_same_every_time(photograph: Picture) -> None:

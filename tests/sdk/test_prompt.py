@@ -1,12 +1,14 @@
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from mdf_sdk import TextError
-from mdf_sdk.prompt import PromptEncoder
+from mdf_sdk.prompt import PromptEncoder, _clean
 
 from .toy_engine import LABELS, PROMPT, SPECIAL_TOKENS
 
@@ -14,6 +16,11 @@ from .toy_engine import LABELS, PROMPT, SPECIAL_TOKENS
 @pytest.fixture(scope="module")
 def encoder(toy_engine: Path) -> PromptEncoder:
     return PromptEncoder((toy_engine / "tokenizer.json").read_text(), PROMPT, LABELS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy_engine: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(toy_engine / "tokenizer.json"))
 
 
 @given(
@@ -31,10 +38,72 @@ def test_what_does_not_fit_is_cut_off_and_counted(encoder: PromptEncoder) -> Non
     assert encoded.dropped_tokens == 2
 
 
-@pytest.mark.parametrize("text", ["", "  \n\t", "a\ud800", None, b"text", 3])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "  \n\t",
+        "\0\x07",
+        "\u200b\ufeff",
+        "\u200c \u200d",
+        "\u202e\u2066\u00ad",
+        "\U000e0041",
+        "a\ud800",
+        "a" + "\u0301" * 31,
+        None,
+        b"text",
+        3,
+    ],
+)
 def test_what_is_no_text_is_refused(encoder: PromptEncoder, text: str) -> None:
     with pytest.raises(TextError, match=r"found .* expected"):
         encoder.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("e\u0301", "\u00e9"),  # NFC
+        ("e\u200b\u0301", "\u00e9"),
+        ("a\r\nb\rc\u2028d\x85e", "a\nb\nc\nd\ne"),
+        ("a\tb", "a\tb"),
+        ("58\0years\x1b[2J\x9f", "58 years [2J"),
+        ("not \u202etnereffid\u202c", "not tnereffid"),
+        ("eye\U000e0069\U000e0067\ufe0f", "eye"),
+        ("\ufeffeye", "eye"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),  # Persian needs its joiner
+    ],
+)
+def test_a_text_is_read_as_it_is_seen(
+    encoder: PromptEncoder, tokenizer: Tokenizer, text: str, seen: str
+) -> None:
+    assert list(encoder.encode(text).ids) == tokenizer.encode(seen).ids
+
+
+@given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=40))
+@settings(deadline=None)
+def test_plain_text_is_encoded_as_it_stands(
+    encoder: PromptEncoder, tokenizer: Tokenizer, text: str
+) -> None:
+    assert list(encoder.encode(text).ids) == tokenizer.encode(text).ids
+
+
+@given(st.text(max_size=60))
+@settings(deadline=None)
+def test_cleaning_twice_is_cleaning_once(text: str) -> None:
+    try:
+        once = _clean(text)
+    except TextError:
+        return
+    assert _clean(once) == once
+
+
+def test_the_longest_text_is_cleaned_in_a_moment() -> None:
+    start = time.perf_counter()
+    with pytest.raises(TextError, match="combining marks"):
+        _clean("a" + "\u0301\u0316" * 50_000)  # 6 s, were it normalized
+    _clean("\u00e9" * 100_000)
+    assert time.perf_counter() - start < 2
 
 
 def test_padding_moves_nothing_that_a_case_sees(encoder: PromptEncoder) -> None:
