@@ -11,7 +11,7 @@ from typing import Any
 def machine_card(packages: Iterable[str]) -> dict[str, Any]:
     """Say what ran: processor, cores, system, versions of Python and of the packages."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -19,7 +19,7 @@ def machine_card(packages: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

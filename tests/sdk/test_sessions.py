@@ -7,51 +7,93 @@ import numpy as np
 import pytest
 
 from mdf_sdk import BackendRunError, BackendUnavailableError, InputError, load_manifest
-from mdf_sdk.sessions import open_backend
+from mdf_sdk.sessions import Backend, open_backend
+from mdf_sdk.sessions.device_memory import CudaMemory
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_every_device_of_this_machine_has_a_backend(device: str) -> None:
-    backend = open_backend(device)
+def open_for(engine_dir: Path, device: str = "cpu", threads: int | None = None) -> Backend:
+    return open_backend(device, engine_dir, load_manifest(engine_dir), threads=threads)
+
+
+def without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the card of the machine that runs the tests, if it has one, look away."""
+
+    def refuse(self: CudaMemory) -> None:
+        raise BackendUnavailableError("found no card")
+
+    monkeypatch.setattr(CudaMemory, "__init__", refuse)
+
+
+def test_the_cpu_says_what_it_is(toy_engine: Path) -> None:
+    backend = open_for(toy_engine)
     assert backend.device == "cpu"
     assert backend.name.startswith("onnxruntime 1.")
+    assert backend.card
+    assert backend.device_bytes() is None
 
 
-def test_an_unknown_device_lists_the_known_ones() -> None:
-    with pytest.raises(BackendUnavailableError, match=r"'tpu'.*auto, cpu.*pip install"):
-        open_backend("tpu")
+def test_auto_falls_to_the_cpu_and_logs_why(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_a_card(monkeypatch)
+    with caplog.at_level("INFO", "mdf_sdk"):
+        assert open_for(toy_engine, "auto").device == "cpu"
+    assert "found no card" in caplog.text
 
 
-def test_a_missing_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_device_that_was_asked_for_is_never_another(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    without_a_card(monkeypatch)
+    with pytest.raises(BackendUnavailableError):
+        open_for(toy_engine, device)
+
+
+def test_an_unknown_device_lists_the_known_ones(toy_engine: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match=r"'tpu'.*auto, tensorrt, cuda, cpu"):
+        open_for(toy_engine, "tpu")
+
+
+def test_a_missing_runtime_names_the_extra(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'mdf-mllm\[cpu\]'"):
-        open_backend("cpu")
+        open_for(toy_engine)
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_threads_must_be_positive(threads: int) -> None:
+def test_threads_must_be_positive(toy_engine: Path, threads: int) -> None:
     with pytest.raises(InputError, match="threads"):
-        open_backend("cpu", threads=threads)
+        open_for(toy_engine, threads=threads)
+
+
+def test_as_many_predictions_run_as_the_cores_have_threads_for(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert open_for(toy_engine).slots == 1
+    assert open_for(toy_engine, threads=3).slots == 2
+    assert open_for(toy_engine, threads=99).slots == 1
 
 
 def test_a_session_gives_every_output_by_name(toy_engine: Path) -> None:
     spec = load_manifest(toy_engine).blocks["unet_encoder"]
-    session = open_backend("cpu").open("unet_encoder", toy_engine / spec.file, spec)
+    session = open_for(toy_engine).open("unet_encoder")
     outputs = session.run({"unet_pixels": np.zeros((2, 3, 32, 32), np.float32)})
     assert set(outputs) == {output.name for output in spec.outputs}
     assert outputs["skip_0"].shape == (2, 3, 16, 16)
 
 
 def test_a_wrong_shape_is_our_error_and_names_the_block(toy_engine: Path) -> None:
-    spec = load_manifest(toy_engine).blocks["vision"]
-    session = open_backend("cpu").open("vision", toy_engine / spec.file, spec)
+    session = open_for(toy_engine).open("vision")
     with pytest.raises(BackendRunError, match="block vision"):
         session.run({"tower_pixels": np.zeros((1, 3, 9, 9), np.float32)})
 
 
 def test_a_closed_session_does_not_run(toy_engine: Path) -> None:
-    spec = load_manifest(toy_engine).blocks["vision"]
-    session = open_backend("cpu").open("vision", toy_engine / spec.file, spec)
+    session = open_for(toy_engine).open("vision")
     session.close()
     session.close()
     with pytest.raises(BackendRunError):

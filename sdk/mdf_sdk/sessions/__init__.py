@@ -1,27 +1,35 @@
-"""The seam to the runtimes below: a `Backend` opens a block's graph as a `Session`, which runs it.
+"""The seam to the runtimes below: a `Backend` opens an engine's blocks as `Session`s.
 
-Nothing above this package knows which runtime computes; a new one is a module here and a line in
-`open_backend`.
+Nothing above this package knows which runtime computes, or whether a tensor lies on the host or on
+a card; a new runtime is a module here and a line in `open_backend`.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy.typing as npt
+from typing import Protocol
 
 from mdf_sdk.errors import BackendUnavailableError
-from mdf_sdk.manifest import BlockSpec
+from mdf_sdk.manifest import Manifest
+from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
 
-Array = npt.NDArray[Any]
+__all__ = [
+    "DEVICES",
+    "Array",
+    "Backend",
+    "DeviceArray",
+    "Session",
+    "Tensor",
+    "open_backend",
+]
 
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "tensorrt", "cuda", "cpu")  # after "auto", the fastest first
 
 
 class Session(Protocol):
-    """One loaded block."""
+    """One loaded block. One call at a time."""
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute all outputs; the inputs have the names and dtypes of the block's spec."""
 
     def close(self) -> None:
@@ -29,35 +37,88 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A runtime on a device of this machine."""
+    """A runtime on a device of this machine, for one engine.
 
-    @property
-    def name(self) -> str:
-        """E.g. "onnxruntime 1.31.1"."""
+    Attributes:
+        name: e.g. "onnxruntime 1.31.1".
+        device: one of DEVICES, never "auto".
+        card: e.g. "NVIDIA RTX 4090 (8.9)"; the processor's name on the CPU.
+        slots: predictions that may run at the same time.
+        overlaps: whether independent blocks gain by running at the same time.
+    """
 
-    @property
-    def device(self) -> str:
-        """One of DEVICES, never "auto"."""
+    name: str
+    device: str
+    card: str
+    slots: int
+    overlaps: bool
 
-    def open(self, block: str, path: Path, spec: BlockSpec) -> Session:
-        """Load a block's graph and check its bindings against the spec."""
+    def files(self, block: str) -> tuple[str, ...]:
+        """Names of the files that `open` parses."""
+
+    def open(self, block: str) -> Session:
+        """Load a block and check its bindings against the manifest."""
+
+    def text_rows(self, rows: int) -> int:
+        """To how many rows a prompt of `rows` fed tokens is padded, so that few shapes occur."""
+
+    def to_host(self, tensor: Tensor) -> Array:
+        """The tensor as a numpy array."""
+
+    def free_and_total_bytes(self) -> tuple[int, int] | None:
+        """Of the card's memory, or the host's on the CPU, by all processes; None where unknown."""
+
+    def device_bytes(self) -> int | None:
+        """Bytes in use on the card, by all processes; None on the CPU."""
 
 
-def open_backend(device: str = "auto", *, threads: int | None = None) -> Backend:
+Opener = Callable[[Path, Manifest, int | None], Backend]
+
+
+def open_backend(
+    device: str, engine_dir: Path, manifest: Manifest, *, threads: int | None = None
+) -> Backend:
     """Choose the backend for a device.
 
     Args:
-        device: "cpu", or "auto" for the best that works here.
+        device: one of DEVICES; "auto" is the fastest that works here with this engine, and logs
+            why a faster one does not.
         threads: CPU threads of one block; None leaves it to the runtime.
 
     Raises:
-        BackendUnavailableError: no such device, or its backend is not installed.
+        BackendUnavailableError: no such device, or its backend does not work here; says why.
     """
-    if device not in DEVICES:
+    openers: dict[str, Opener] = {"tensorrt": _tensorrt, "cuda": _cuda, "cpu": _cpu}
+    if device in openers:
+        return openers[device](engine_dir, manifest, threads)
+    if device != "auto":
         raise BackendUnavailableError(
             f"device: found {device!r}, expected one of {', '.join(DEVICES)}. "
             "The CPU works everywhere: pip install 'mdf-mllm[cpu]'"
         )
-    from mdf_sdk.sessions.onnxruntime_backend import OnnxRuntimeBackend
+    for opener in (_tensorrt, _cuda):
+        try:
+            return opener(engine_dir, manifest, threads)
+        except BackendUnavailableError as error:
+            logging.getLogger("mdf_sdk").info("%s", error)
+    return _cpu(engine_dir, manifest, threads)
 
-    return OnnxRuntimeBackend(threads)
+
+def _cpu(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from mdf_sdk.sessions.onnxruntime_cpu import OnnxRuntimeCpu
+
+    return OnnxRuntimeCpu(engine_dir, manifest, threads)
+
+
+def _cuda(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from mdf_sdk.sessions.device_memory import CudaMemory
+    from mdf_sdk.sessions.onnxruntime_cuda import OnnxRuntimeCuda
+
+    return OnnxRuntimeCuda(engine_dir, manifest, CudaMemory())
+
+
+def _tensorrt(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
+    from mdf_sdk.sessions.device_memory import CudaMemory
+    from mdf_sdk.sessions.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(engine_dir, manifest, CudaMemory())

@@ -1,0 +1,232 @@
+"""ONNX Runtime on an NVIDIA card: tensors stay in its memory from block to block.
+
+A case is replayed as a CUDA graph: one launch for a block's hundreds of kernels. Its tensors have
+addresses of their own, one for each shape, and prompts are padded to few lengths. A batch is
+replayed case by case: at the 11B shape eight cases in one run were at most a quarter faster, for
+twice the memory.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdf_sdk.errors import BackendUnavailableError
+from mdf_sdk.manifest import BlockSpec, Manifest, TensorSpec
+from mdf_sdk.sessions import Array, Tensor
+from mdf_sdk.sessions.device_memory import (
+    DeviceArray,
+    DeviceMemory,
+    concatenate,
+    copy_all,
+)
+from mdf_sdk.sessions.onnxruntime_load import (
+    import_onnxruntime,
+    load_graph,
+    mapped_errors,
+    session_options,
+)
+from mdf_sdk.sessions.onnxruntime_probe import check_provider
+
+_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+_ROWS_STEP = 32
+_PROVIDER_OPTIONS = {
+    "cuda": {
+        "enable_cuda_graph": "1",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",  # a search by timing differs from run to run
+        "use_tf32": "0",
+    },
+    "cpu": {},
+}
+# Weights outside the arena are freed when a kernel has repacked them: no second copy.
+_CONFIG = {"session.use_device_allocator_for_initializers": "1"}
+# The kernel that reads integers wins while rows are few; the tower's 1601 rows are better served by
+# a product of dequantized weights.
+_FEW_ROWS_CONFIG = {"ep.cuda.fpa_intb_gemm": "1"}
+
+
+class OnnxRuntimeCuda:
+    """ONNX Runtime's CUDA execution provider.
+
+    `memory` may be of another kind in tests; the bindings are the same.
+    """
+
+    device = "cuda"
+    slots = 1
+    overlaps = True
+
+    def __init__(self, engine_dir: Path, manifest: Manifest, memory: DeviceMemory) -> None:
+        """Raises:
+        BackendUnavailableError: no onnxruntime, or one that was built without CUDA.
+        """
+        self._runtime = import_with_cuda() if memory.kind == "cuda" else import_onnxruntime("cpu")
+        self._directory, self._manifest, self._memory = engine_dir, manifest, memory
+        self.name = f"onnxruntime {self._runtime.__version__}"
+        self.card = memory.card
+
+    def files(self, block: str) -> tuple[str, ...]:
+        return (self._manifest.blocks[block].file,)
+
+    def open(self, block: str) -> "OnnxRuntimeCudaSession":
+        spec = self._manifest.blocks[block]
+        config = _CONFIG | (_FEW_ROWS_CONFIG if block == "decoder" else {})
+        session = load_graph(
+            self._runtime,
+            block,
+            self._directory / spec.file,
+            spec,
+            session_options(self._runtime, config),
+            _PROVIDERS[self._memory.kind],
+            _PROVIDER_OPTIONS[self._memory.kind],
+        )
+        opened = OnnxRuntimeCudaSession(self._runtime, block, session, spec, self._memory)
+        try:
+            opened.capture()
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def text_rows(self, rows: int) -> int:
+        return -(-rows // _ROWS_STEP) * _ROWS_STEP
+
+    def to_host(self, tensor: Tensor) -> Array:
+        return self._memory.to_host(tensor) if isinstance(tensor, DeviceArray) else tensor
+
+    def free_and_total_bytes(self) -> tuple[int, int]:
+        return self._memory.free_and_total_bytes()
+
+    def device_bytes(self) -> int:
+        free, total = self._memory.free_and_total_bytes()
+        return total - free
+
+
+@dataclass(frozen=True)
+class _Binding:
+    """A shape's own inputs and outputs on the card, and the run that reads and writes them."""
+
+    inputs: dict[str, DeviceArray]
+    outputs: dict[str, DeviceArray]
+    bound: Any
+    options: Any
+
+
+class OnnxRuntimeCudaSession:
+    """One block on the card; one call at a time.
+
+    All of them run in the session's own thread: ONNX Runtime captures a graph for the thread that
+    runs it, and would capture it anew, in new memory, for every thread of the caller's.
+    """
+
+    def __init__(
+        self,
+        runtime: Any,
+        block: str,
+        session: Any,
+        spec: BlockSpec,
+        memory: DeviceMemory,
+    ) -> None:
+        self._runtime, self._block, self._session = runtime, block, session
+        self._spec, self._memory = spec, memory
+        self._arrays: dict[tuple[str, tuple[int, ...]], DeviceArray] = {}
+        self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
+        self._thread = ThreadPoolExecutor(1, f"mdf-{block}")
+
+    def capture(self) -> None:
+        """Run a block that has one shape only, while no other thread is at work on the card.
+
+        Blocks that overlap would disturb each other's capture; CUDA lets no one allocate meanwhile.
+        """
+        inputs = self._spec.inputs
+        if len({d for spec in inputs for d in spec.shape if isinstance(d, str)}) == 1:
+            single = {s.name: [1 if isinstance(d, str) else d for d in s.shape] for s in inputs}
+            self.run({s.name: np.zeros(single[s.name], s.dtype) for s in inputs})
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with mapped_errors(self._block, "run"):
+            if self._session is None:
+                raise RuntimeError("it is closed")
+            return self._thread.submit(self._run, inputs).result()
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self._bindings, self._arrays = {}, {}
+        self._session = None
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        cases = inputs[self._spec.inputs[0].name].shape[0]
+        replayed = [
+            self._replay({name: tensor[i : i + 1] for name, tensor in inputs.items()})
+            for i in range(cases)
+        ]
+        if cases == 1:
+            return dict(replayed[0])
+        return {
+            name: concatenate(self._memory, [outputs[name] for outputs in replayed])
+            for name in replayed[0]
+        }
+
+    def _replay(self, inputs: Mapping[str, Tensor]) -> dict[str, DeviceArray]:
+        shapes = tuple(inputs[spec.name].shape for spec in self._spec.inputs)
+        binding = self._bindings.get(shapes) or self._bind(shapes, graph=len(self._bindings) + 1)
+        self._memory.write(*((array, inputs[name]) for name, array in binding.inputs.items()))
+        self._session.run_with_iobinding(binding.bound, binding.options)
+        self._bindings[shapes] = binding
+        return copy_all(self._memory, binding.outputs)  # the next replay writes over them
+
+    def _bind(self, shapes: Sequence[tuple[int, ...]], graph: int) -> _Binding:
+        dimensions: dict[str, int] = {}
+        inputs, outputs = {}, {}
+        for spec, shape in zip(self._spec.inputs, shapes, strict=True):
+            dimensions |= _free_dimensions(spec.shape, shape)
+            inputs[spec.name] = self._array(spec, shape)
+        for spec in self._spec.outputs:
+            shape = tuple(dimensions[d] if isinstance(d, str) else d for d in spec.shape)
+            outputs[spec.name] = self._array(spec, shape)
+        bound, options = self._session.io_binding(), self._runtime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        for bind, arrays in ((bound.bind_input, inputs), (bound.bind_output, outputs)):
+            for name, a in arrays.items():
+                bind(name, self._memory.kind, 0, a.dtype.type, a.shape, a.pointer)
+        return _Binding(inputs, outputs, bound, options)
+
+    def _array(self, spec: TensorSpec, shape: tuple[int, ...]) -> DeviceArray:
+        """The tensor's place on the card, the same for all bindings in which it has this shape."""
+        key = (spec.name, shape)
+        if key not in self._arrays:
+            self._arrays[key] = self._memory.empty(shape, np.dtype(spec.dtype))
+        return self._arrays[key]
+
+
+def import_with_cuda() -> Any:
+    """Import ONNX Runtime, and prove that it computes on the card.
+
+    Raises:
+        BackendUnavailableError: not installed, built without CUDA, or a library does not load.
+    """
+    runtime = import_onnxruntime("cuda")
+    if _PROVIDERS["cuda"] not in runtime.get_available_providers():
+        raise BackendUnavailableError(
+            f"device 'cuda': found onnxruntime {runtime.__version__} without CUDA, expected "
+            "onnxruntime-gpu. Both are one folder, so one must go: pip uninstall -y onnxruntime "
+            "onnxruntime-gpu, then pip install 'mdf-mllm[cuda]'"
+        )
+    runtime.set_default_logger_severity(4)  # errors reach us as exceptions
+    with redirect_stdout(io.StringIO()):  # it prints what it misses; the next line says so better
+        runtime.preload_dlls()  # CUDA's and cuDNN's libraries from their own packages
+    check_provider(runtime, _PROVIDERS["cuda"])
+    return runtime
+
+
+def _free_dimensions(declared: tuple[int | str, ...], actual: tuple[int, ...]) -> dict[str, int]:
+    if len(declared) != len(actual) or any(
+        isinstance(d, int) and d != n for d, n in zip(declared, actual, strict=True)
+    ):
+        raise ValueError(f"found an input of shape {actual}, expected {declared}")
+    return {d: n for d, n in zip(declared, actual, strict=True) if isinstance(d, str)}

@@ -1,0 +1,212 @@
+"""The CUDA backend with the host's memory in the card's place: ONNX Runtime binds both alike.
+
+What only a card can show (graph capture, memory, speed) is in docs/results/sdk-gpu.md.
+"""
+
+import sys
+import threading
+import types
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from mdf_sdk import (
+    BackendRunError,
+    BackendUnavailableError,
+    DeviceMemoryError,
+    ManifestError,
+    MDFClassifier,
+    Prediction,
+    load_manifest,
+)
+from mdf_sdk.engine import Engine
+from mdf_sdk.sessions import DeviceArray, Tensor, onnxruntime_cuda
+from mdf_sdk.sessions.device_memory import concatenate, copy_all
+from mdf_sdk.sessions.onnxruntime_cuda import OnnxRuntimeCuda, import_with_cuda
+
+from .host_memory import HostMemory
+
+TEXTS = ("58 years old", "night blindness since childhood, a brother too", "58 years old")
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
+    """What `device="cuda"` finds."""
+    memory = HostMemory()
+    monkeypatch.setattr("mdf_sdk.sessions.device_memory.CudaMemory", lambda: memory)
+    return memory
+
+
+@pytest.fixture
+def on_card(toy_engine: Path, memory: HostMemory) -> Iterator[MDFClassifier]:
+    with MDFClassifier(toy_engine, device="cuda") as classifier:
+        yield classifier
+
+
+@pytest.fixture
+def pictures(photograph: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+    return [photograph, photograph[:, ::-1].copy(), photograph // 2]
+
+
+def scores(prediction: Prediction) -> list[float]:
+    return list(prediction.scores.values())
+
+
+def test_it_answers_as_the_cpu_does(
+    on_card: MDFClassifier, classifier: MDFClassifier, pictures: list[npt.NDArray[np.uint8]]
+) -> None:
+    for picture, text in zip(pictures, TEXTS, strict=True):
+        found = on_card.predict(picture, text, mask=True, evidence=True)
+        expected = classifier.predict(picture, text, mask=True, evidence=True)
+        np.testing.assert_allclose(scores(found), scores(expected), rtol=1e-5)
+        assert found.mask is not None
+        assert expected.mask is not None
+        for kind, values in expected.mask.items():
+            np.testing.assert_allclose(found.mask[kind], values, rtol=1e-5)
+        np.testing.assert_allclose(found.evidence, expected.evidence, atol=1e-5)
+
+
+def test_a_batch_gives_the_very_answers_of_single_calls(
+    on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]]
+) -> None:
+    batch = on_card.predict_batch(pictures, TEXTS, mask=True)
+    for found, picture, text in zip(batch, pictures, TEXTS, strict=True):
+        single = on_card.predict(picture, text, mask=True)
+        assert scores(found) == scores(single)
+        assert found.mask is not None
+        assert single.mask is not None
+        assert all((found.mask[kind] == single.mask[kind]).all() for kind in single.mask)
+
+
+def test_a_kept_photograph_is_not_overwritten_by_another(
+    on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]]
+) -> None:
+    first = on_card.predict(pictures[0], TEXTS[0])
+    on_card.predict(pictures[1], TEXTS[1])
+    again = on_card.predict(pictures[0], TEXTS[0])
+    assert again.latency_ms["vision"] == 0.0
+    assert scores(again) == scores(first)
+
+
+def test_a_prediction_names_the_card(
+    on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]]
+) -> None:
+    prediction = on_card.predict(pictures[0], TEXTS[0])
+    assert prediction.engine.device == "cuda"
+    assert "on cuda (a card played by the host)" in str(prediction)
+
+
+def test_prompts_of_similar_length_share_a_shape_and_shapes_share_memory(
+    on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]]
+) -> None:
+    for length in range(1, 60):
+        on_card.predict(pictures[0], "a" * length)
+    decoder = on_card._engine.open("decoder")
+    assert isinstance(decoder, onnxruntime_cuda.OnnxRuntimeCudaSession)
+    assert 1 < len(decoder._bindings) <= 3
+    assert sum(name == "cross_key_1" for name, _ in decoder._arrays) == 1
+
+
+def test_warming_up_runs_every_shape(on_card: MDFClassifier) -> None:
+    on_card.warm_up()
+    decoder = on_card._engine.open("decoder")
+    assert isinstance(decoder, onnxruntime_cuda.OnnxRuntimeCudaSession)
+    warm = set(decoder._bindings)
+    for length in (1, 30, 64, 500):
+        on_card.predict(np.eye(64, dtype=np.uint8) * 200, "a" * length)
+    assert set(decoder._bindings) == warm
+
+
+def test_every_shape_has_a_graph_of_its_own(toy_engine: Path, memory: HostMemory) -> None:
+    with Engine(toy_engine, device="cuda", blocks=["vision"]) as engine:
+        session = engine.open("vision")
+        session.run({"tower_pixels": np.zeros((3, 3, 16, 16), np.float32)})
+        assert isinstance(session, onnxruntime_cuda.OnnxRuntimeCudaSession)
+        (binding,) = session._bindings.values()
+        assert binding.options.get_run_config_entry("gpu_graph_id") == "1"
+
+
+def test_a_block_of_one_shape_is_captured_while_it_is_opened(on_card: MDFClassifier) -> None:
+    for block, captured in (("vision", 1), ("unet_encoder", 1), ("fusion", 1), ("decoder", 0)):
+        session = on_card._engine.open(block)
+        assert isinstance(session, onnxruntime_cuda.OnnxRuntimeCudaSession)
+        assert len(session._bindings) == captured
+
+
+def test_a_graph_is_captured_for_one_thread_whoever_calls(
+    on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = on_card._engine.open("vision")
+    assert isinstance(session, onnxruntime_cuda.OnnxRuntimeCudaSession)
+    threads, replay = set(), session._replay
+
+    def spy(inputs: Mapping[str, Tensor]) -> dict[str, DeviceArray]:
+        threads.add(threading.get_ident())
+        return replay(inputs)
+
+    monkeypatch.setattr(session, "_replay", spy)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(on_card.predict, pictures, TEXTS))
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9, 9), (1, 3, 16), (2, 3, 9, 9)])
+def test_a_wrong_shape_is_refused_before_it_runs(
+    toy_engine: Path, memory: HostMemory, shape: tuple[int, ...]
+) -> None:
+    with Engine(toy_engine, device="cuda") as engine, pytest.raises(BackendRunError, match="shape"):
+        engine.run("vision", {"tower_pixels": np.zeros(shape, np.float32)})
+
+
+def test_a_tensor_on_the_card_is_not_cast_in_silence(toy_engine: Path, memory: HostMemory) -> None:
+    wrong = memory.empty((1, 3, 16, 16), np.dtype(np.float16))
+    with Engine(toy_engine, device="cuda") as engine, pytest.raises(ManifestError, match="float16"):
+        engine.run("vision", {"tower_pixels": wrong})
+
+
+def test_a_closed_session_does_not_run(toy_engine: Path, memory: HostMemory) -> None:
+    session = OnnxRuntimeCuda(toy_engine, load_manifest(toy_engine), memory).open("vision")
+    session.close()
+    session.close()
+    with pytest.raises(BackendRunError, match="closed"):
+        session.run({"tower_pixels": np.zeros((1, 3, 16, 16), np.float32)})
+
+
+def test_a_card_that_another_process_fills_is_refused_before_anything_is_loaded(
+    toy_engine: Path, memory: HostMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.free_bytes = 1_000
+    monkeypatch.setattr(OnnxRuntimeCuda, "open", lambda self, block: pytest.fail("it was loaded"))
+    with pytest.raises(DeviceMemoryError, match="GB"):
+        MDFClassifier(toy_engine, device="cuda")
+
+
+def test_a_runtime_without_cuda_says_which_package_to_swap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in = types.ModuleType("onnxruntime")
+    vars(stand_in).update(
+        __version__="1.31.1", get_available_providers=lambda: ["CPUExecutionProvider"]
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", stand_in)
+    with pytest.raises(BackendUnavailableError, match="pip uninstall -y onnxruntime"):
+        import_with_cuda()
+
+
+def test_rows_of_a_device_array_are_its_memory() -> None:
+    memory = HostMemory()
+    rows = np.arange(24, dtype=np.float32).reshape(4, 6)
+    array = memory.empty(rows.shape, rows.dtype)
+    memory.write((array, rows))
+    np.testing.assert_array_equal(memory.to_host(array[1:3]), rows[1:3])
+    np.testing.assert_array_equal(memory.to_host(array[1:3][1:2]), rows[2:3])
+    joined = concatenate(memory, [array[2:4], array[0:1]])
+    np.testing.assert_array_equal(memory.to_host(joined), rows[[2, 3, 0]])
+    own = copy_all(memory, {"rows": array})["rows"]
+    memory.write((array, np.zeros_like(rows)))
+    np.testing.assert_array_equal(memory.to_host(own), rows)
