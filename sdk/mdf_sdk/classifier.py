@@ -1,8 +1,10 @@
 """`MDFClassifier`: a photograph and a clinical text in, a `Prediction` out."""
 
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -10,9 +12,12 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from mdf_sdk.admission import Admission
 from mdf_sdk.engine import Engine
 from mdf_sdk.errors import BackendRunError, InputError, ManifestError
 from mdf_sdk.evidence import GRID, cover_cells
+from mdf_sdk.manifest import TrustedKey
+from mdf_sdk.memory import KEPT_PHOTOGRAPHS
 from mdf_sdk.prediction import EngineIdentity, Prediction
 from mdf_sdk.preprocessing import (
     ImageSource,
@@ -24,11 +29,11 @@ from mdf_sdk.preprocessing import (
     to_pixels,
 )
 from mdf_sdk.prompt import EncodedText
-from mdf_sdk.sessions import Array
+from mdf_sdk.sessions import Array, Tensor
 
 Scores = npt.NDArray[np.float32]
 
-_BATCH = 8  # cases in one run of a block: bounds the memory of a long batch
+_STAGES = ("image", "text", "vision", "unet_encoder", "fusion", "decoder")
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,18 @@ class _Photograph:
     tower_pixels: Pixels  # (3, S, S)
     unet_pixels: Pixels  # (3, U, U)
 
+    @property
+    def batch(self) -> tuple[Pixels, Pixels]:
+        """The pixels as a batch of one."""
+        return self.tower_pixels[None], self.unet_pixels[None]
+
 
 @dataclass(frozen=True)
 class _ImageState:
-    """What depends on the photograph alone: tensors of batch 1, up to cross keys and values."""
+    """What depends on the photograph alone: tensors of one case that the decoders read."""
 
     photograph: _Photograph
-    tensors: dict[str, Array]
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,9 @@ class MDFClassifier:
         with MDFClassifier("engine_dir") as classifier:
             print(classifier.predict("eye.jpg", "58 years old, blurred vision"))
 
-    What depends on the photograph alone is kept for the last one: another text about it is cheap.
+    What depends on the photograph alone is kept for the last ones: another text about one of them
+    is cheap. Any number of threads may call; the device takes one prediction after another (on the
+    CPU, one for each `threads` of its cores), the rest wait in a bounded queue.
     """
 
     def __init__(
@@ -84,31 +96,54 @@ class MDFClassifier:
         *,
         device: str = "auto",
         threads: int | None = None,
+        trusted_key: TrustedKey | None = None,
+        max_waiting: int = 64,
     ) -> None:
         """Args:
-            engine_dir: what `mdf export` made. Every file is hashed before any is parsed.
-            device: "cpu", or "auto" for the best that works here.
-            threads: CPU threads; None leaves it to the runtime.
+            engine_dir: what `mdf export` made. Every file is hashed before any of it is parsed.
+            device: "tensorrt", "cuda", "cpu", or "auto" for the fastest that works here; `mdf
+                doctor` says why another does not.
+            threads: CPU threads of one block; None leaves it to the runtime.
+            trusted_key: an Ed25519 public key, PEM or its path. With one, an engine that this key
+                did not sign is refused before anything of it is parsed.
+            max_waiting: calls that may wait for the device; one more is turned away.
 
         Raises:
             EngineError: the directory cannot be used.
-            BackendError: the device's runtime is missing or cannot load the engine.
+            BackendError: the device does not work, has too little memory, or cannot load it.
         """
-        self._engine = Engine(engine_dir, device=device, threads=threads)
+        if not isinstance(max_waiting, int) or max_waiting < 0:
+            raise InputError(f"max_waiting: found {max_waiting!r}, expected an integer from 0")
+        self._engine = Engine(
+            engine_dir,
+            device=device,
+            threads=threads,
+            trusted_key=trusted_key,
+            blocks=("vision", "unet_encoder", "fusion", "decoder"),  # unet_decoder: with a mask
+        )
+        backend = self._engine.backend
         self.manifest = self._engine.manifest
         self.identity = EngineIdentity(
             model=self.manifest.model,
             precision=self.manifest.precision,
-            backend=self._engine.backend.name,
-            device=self._engine.backend.device,
+            backend=backend.name,
+            device=backend.device,
+            card=backend.card,
             manifest_sha256=self._engine.manifest_sha256,
         )
-        self._last: _ImageState | None = None
-        for block in ("vision", "unet_encoder", "fusion", "decoder"):
-            self._engine.open(block)  # unet_decoder waits until a mask is asked for
+        self._admission = Admission(backend.slots, max_waiting)
+        self._beside = ThreadPoolExecutor(1, "mdf-beside") if backend.overlaps else None
+        self._kept: dict[bytes, _ImageState] = {}  # the last used comes last
+        self._keeping = threading.Lock()
 
     def predict(
-        self, image: ImageSource, text: str, *, mask: bool = False, evidence: bool = False
+        self,
+        image: ImageSource,
+        text: str,
+        *,
+        mask: bool = False,
+        evidence: bool = False,
+        timeout_s: float | None = None,
     ) -> Prediction:
         """Classify one photograph with its clinical text.
 
@@ -119,13 +154,17 @@ class MDFClassifier:
                 beyond the engine's limit are cut off its end, and `dropped_tokens` counts them.
             mask: also segment the photograph.
             evidence: also map what in the photograph spoke for the label. Costs 49 predictions.
+            timeout_s: how long to wait for the device at most; what has begun is not broken off.
 
         Raises:
             InputError: the image or the text cannot be used.
-            BackendRunError: a block failed, or gave NaN.
+            BusyError: too many calls wait, or this one waited too long.
+            BackendRunError: a block failed, or gave NaN. The next call starts afresh.
+            ClosedError: the classifier is closed.
         """
         case = self._prepare(image, text, known={})
-        return self._predict([case], mask=mask, evidence=evidence)[0]
+        with self._admission.enter(timeout_s):
+            return self._predict(case, mask=mask, evidence=evidence)
 
     def predict_batch(
         self,
@@ -134,14 +173,17 @@ class MDFClassifier:
         *,
         mask: bool = False,
         evidence: bool = False,
+        timeout_s: float | None = None,
     ) -> list[Prediction]:
         """Classify pairs of photograph and text; all are checked before any is classified.
 
-        Prepared photographs stay in memory until the end: pass some tens of cases at a time.
+        Each is computed by itself and gets the very answer of `predict`: computed together, a text
+        padded to another's length rounds differently. Prepared photographs stay in memory until
+        the end: pass some tens of cases at a time. Between two cases others have their turn.
 
         Raises:
             InputError: names the case, counted from 0.
-            BackendRunError: a block failed, or gave NaN.
+            BusyError, BackendRunError, ClosedError: as `predict`; there is no partial result.
         """
         if isinstance(images, str | bytes | os.PathLike) or isinstance(texts, str):
             raise InputError("predict_batch: found one image or one text, expected a list of each")
@@ -158,13 +200,11 @@ class MDFClassifier:
                 cases.append(self._prepare(image, text, known))
             except InputError as error:
                 raise type(error)(f"case {number}: {error}") from error
-        return [
-            prediction
-            for start in range(0, len(cases), _BATCH)
-            for prediction in self._predict(
-                cases[start : start + _BATCH], mask=mask, evidence=evidence
-            )
-        ]
+        predictions = []
+        for case in cases:
+            with self._admission.enter(timeout_s):
+                predictions.append(self._predict(case, mask=mask, evidence=evidence))
+        return predictions
 
     def score(self, tower_pixels: Pixels, unet_pixels: Pixels, texts: Sequence[str]) -> Scores:
         """Score prepared pixels, for evaluation: no cache, no calibration.
@@ -184,8 +224,13 @@ class MDFClassifier:
                 f"{len(texts)} texts, expected as many of each, and at least one"
             )
         encoded = [self._engine.prompt.encode(text) for text in texts]
-        tensors = self._image_tensors(tower_pixels, unet_pixels, _Clock())
-        return self._decode(tensors, encoded, _Clock())["scores"]
+        scores = []
+        for i, text in enumerate(encoded):
+            one = slice(i, i + 1)
+            with self._admission.enter():
+                tensors = self._image_tensors(tower_pixels[one], unet_pixels[one], _Clock())
+                scores.append(self._decode(tensors, text, _Clock())[0])
+        return np.stack(scores)
 
     def text_only_scores(self, texts: Sequence[str]) -> Scores:
         """Score texts with the image path cut: all cross-attention keys and values are 0.
@@ -193,8 +238,7 @@ class MDFClassifier:
         Returns:
             float32 (B, K), log-probabilities in the manifest's label order.
         """
-        encoded = [self._engine.prompt.encode(text) for text in texts]
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for spec in self.manifest.blocks["decoder"].inputs:
             if spec.name.startswith("cross_"):
                 tokens, width = spec.shape[1:]
@@ -203,13 +247,43 @@ class MDFClassifier:
                         f"block decoder: found the shape {spec.shape} of {spec.name}, expected "
                         "only the batch to be free. Export it again: mdf export CHECKPOINT ENGINE"
                     )
-                tensors[spec.name] = np.zeros((len(texts), tokens, width), np.float32)
-        return self._decode(tensors, encoded, _Clock())["scores"]
+                tensors[spec.name] = np.zeros((1, tokens, width), np.float32)
+        scores = []
+        for text in [self._engine.prompt.encode(text) for text in texts]:
+            with self._admission.enter():
+                scores.append(self._decode(tensors, text, _Clock())[0])
+        return np.stack(scores)
+
+    def warm_up(self) -> None:
+        """Run every shape of a single case once, so that the first prediction is a quick one.
+
+        Costs a prediction, on a card one for each padded length of the text.
+        """
+        prompt, image = self._engine.prompt, self.manifest.image
+        lengths = range(1, self.manifest.prompt.max_text_tokens + 1)
+        by_rows = {self._engine.text_rows(length): length for length in lengths}
+        tower = np.zeros((1, 3, image.tower_px, image.tower_px), np.float32)
+        unet = np.zeros((1, 3, image.unet_px, image.unet_px), np.float32)
+        with self._admission.enter():
+            tensors = self._image_tensors(tower, unet, _Clock())
+            for length in by_rows.values() if len(by_rows) < len(lengths) else (1,):
+                text = EncodedText((prompt.image_id,) * length, dropped_tokens=0)
+                self._decode(tensors, text, _Clock())
+
+    def device_bytes(self) -> int | None:
+        """Bytes in use on the card, by all processes; None on the CPU."""
+        return self._engine.backend.device_bytes()
 
     def close(self) -> None:
-        """Free the engine's memory; a second call does nothing."""
-        self._last = None
-        self._engine.close()
+        """Wait for running predictions, then free the engine's memory; waiting ones fail.
+
+        A second call does nothing, and neither does one in a forked process.
+        """
+        if self._admission.close():
+            if self._beside:
+                self._beside.shutdown()
+            self._kept = {}
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -219,13 +293,15 @@ class MDFClassifier:
 
     def _prepare(self, image: ImageSource, text: str, known: dict[bytes, _Photograph]) -> _Case:
         """Check and prepare one case; decode no photograph that is kept or among `known`."""
+        self._admission.check_open()
         clock = _Clock()
         with clock("text"):
             encoded = self._engine.prompt.encode(text)
         with clock("image"):
             source = read_source(image)
-            if self._last and self._last.photograph.key == source.key:
-                known[source.key] = self._last.photograph
+            kept = self._kept.get(source.key)
+            if kept:
+                known[source.key] = kept.photograph
             if source.key not in known:
                 picture = decode(source)
                 square = find_square(picture)
@@ -233,95 +309,84 @@ class MDFClassifier:
                 known[source.key] = _Photograph(source.key, square, *pixels)
         return _Case(known[source.key], encoded, clock.ms)
 
-    def _predict(self, cases: Sequence[_Case], *, mask: bool, evidence: bool) -> list[Prediction]:
-        manifest, clock = self.manifest, _Clock()
-        masks: list[dict[str, npt.NDArray[np.float32]]] = []
-        maps: list[npt.NDArray[np.float32]] = []
+    def _predict(self, case: _Case, *, mask: bool, evidence: bool) -> Prediction:
+        manifest, clock, photograph = self.manifest, _Clock(), case.photograph
+        masks: dict[str, npt.NDArray[np.float32]] | None = None
         with clock("total"):
-            states = self._image_states([case.photograph for case in cases], clock)
-            tensors = {
-                name: _join([state.tensors[name] for state in states]) for name in states[0].tensors
-            }
-            outputs = self._decode(tensors, [case.text for case in cases], clock)
-            scores = outputs["scores"]
-            log_probabilities = _log_softmax(scores / manifest.temperature)  # (B, K)
+            kept = self._kept.get(photograph.key)
+            tensors = kept.tensors if kept else self._image_tensors(*photograph.batch, clock)
+            scores, outputs = self._decode(tensors, case.text, clock)
+            log_probabilities = _log_softmax(scores / manifest.temperature)  # (K,)
             if mask:
                 with clock("unet_decoder"):
-                    mask_outputs = self._engine.run("unet_decoder", tensors | outputs)
-                values = mask_outputs["mask"]  # (B, M, U, U)
-                _check_output("unet_decoder", values, (len(cases), len(manifest.mask_kinds)))
-                masks = [dict(zip(manifest.mask_kinds, planes, strict=True)) for planes in values]
+                    values = self._engine.run("unet_decoder", {**tensors, **outputs})["mask"]
+                    planes = self._engine.backend.to_host(values)[0]  # (M, U, U)
+                _check_output("unet_decoder", planes, len(manifest.mask_kinds))
+                masks = dict(zip(manifest.mask_kinds, planes, strict=True))
+            grid = None
             if evidence:
                 with clock("evidence"):
-                    maps = [
-                        self._evidence(case, whole)
-                        for case, whole in zip(cases, log_probabilities, strict=True)
-                    ]
-        last = states[-1]  # its own copy: the others' tensors are views of the whole batch
-        own = {name: values.copy() for name, values in last.tensors.items()}
-        self._last = _ImageState(last.photograph, own)
+                    grid = self._evidence(case, log_probabilities)
+        self._keep(_ImageState(photograph, tensors))
 
-        predictions = []
-        for i, case in enumerate(cases):
-            probabilities = np.exp(log_probabilities[i])
-            best = int(scores[i].argmax())
-            stages = ("image", "text", "vision", "unet_encoder", "fusion", "decoder")
-            latency_ms = dict.fromkeys(stages, 0.0)
-            for stage, ms in clock.ms.items():
-                latency_ms[stage] = ms / len(cases)
-            for stage, ms in case.latency_ms.items():
-                latency_ms[stage] += ms
-                latency_ms["total"] += ms
-            predictions.append(
-                Prediction(
-                    label=manifest.labels[best],
-                    probability=float(probabilities[best]),
-                    probabilities=dict(zip(manifest.labels, probabilities.tolist(), strict=True)),
-                    scores=dict(zip(manifest.labels, scores[i].tolist(), strict=True)),
-                    mask=masks[i] if mask else None,
-                    evidence=maps[i] if evidence else None,
-                    square=case.photograph.square,
-                    text_tokens=len(case.text.ids),
-                    dropped_tokens=case.text.dropped_tokens,
-                    latency_ms=latency_ms,
-                    engine=self.identity,
-                    notice=manifest.notice,
-                )
-            )
-        return predictions
+        probabilities = np.exp(log_probabilities)
+        best = int(scores.argmax())
+        latency_ms = dict.fromkeys(_STAGES, 0.0) | clock.ms
+        for stage, ms in case.latency_ms.items():
+            latency_ms[stage] += ms
+            latency_ms["total"] += ms
+        return Prediction(
+            label=manifest.labels[best],
+            probability=float(probabilities[best]),
+            probabilities=dict(zip(manifest.labels, probabilities.tolist(), strict=True)),
+            scores=dict(zip(manifest.labels, scores.tolist(), strict=True)),
+            mask=masks,
+            evidence=grid,
+            square=photograph.square,
+            text_tokens=len(case.text.ids),
+            dropped_tokens=case.text.dropped_tokens,
+            latency_ms=latency_ms,
+            engine=self.identity,
+            notice=manifest.notice,
+        )
 
-    def _image_states(self, photographs: Sequence[_Photograph], clock: _Clock) -> list[_ImageState]:
-        """Compute what depends on each photograph alone, once for each that is not kept."""
-        states = {self._last.photograph.key: self._last} if self._last else {}
-        new = list({p.key: p for p in photographs if p.key not in states}.values())
-        if new:
-            tower = np.stack([photograph.tower_pixels for photograph in new])
-            unet = np.stack([photograph.unet_pixels for photograph in new])
-            tensors = self._image_tensors(tower, unet, clock)
-            for i, photograph in enumerate(new):
-                own = {name: values[i : i + 1] for name, values in tensors.items()}
-                states[photograph.key] = _ImageState(photograph, own)
-        return [states[photograph.key] for photograph in photographs]
+    def _keep(self, state: _ImageState) -> None:
+        """Keep a state for the next text about its photograph; the oldest goes."""
+        with self._keeping:
+            others = [kept for key, kept in self._kept.items() if key != state.photograph.key]
+            newest = [*others, state][-KEPT_PHOTOGRAPHS:]
+            self._kept = {kept.photograph.key: kept for kept in newest}
 
-    def _image_tensors(self, tower: Pixels, unet: Pixels, clock: _Clock) -> dict[str, Array]:
-        """Run the blocks that read the photograph, up to the cross-attention keys and values."""
-        tensors: dict[str, Array] = {}
-        pixels = {"tower_pixels": tower, "unet_pixels": unet}
-        for block in ("vision", "unet_encoder", "fusion"):
+    def _image_tensors(self, tower: Pixels, unet: Pixels, clock: _Clock) -> dict[str, Tensor]:
+        """Run the blocks that read the photograph; return what the decoders read."""
+
+        def run(block: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             with clock(block):
-                tensors |= self._engine.run(block, pixels | tensors)
-        return tensors
+                return self._engine.run(block, inputs)
+
+        if self._beside:
+            features_later = self._beside.submit(run, "unet_encoder", {"unet_pixels": unet})
+            try:
+                states = run("vision", {"tower_pixels": tower})
+            finally:
+                wait([features_later])
+            features = features_later.result()
+        else:
+            states = run("vision", {"tower_pixels": tower})
+            features = run("unet_encoder", {"unet_pixels": unet})
+        return features | run("fusion", states | features)
 
     def _decode(
-        self, tensors: dict[str, Array], texts: Sequence[EncodedText], clock: _Clock
-    ) -> dict[str, Array]:
-        """Run the decoder: scores (B, K) and pooled cross-attention outputs."""
+        self, tensors: Mapping[str, Tensor], text: EncodedText, clock: _Clock
+    ) -> tuple[Scores, dict[str, Tensor]]:
+        """Run the decoder: scores (K,), and its other outputs."""
         with clock("text"):
-            text_tensors = self._engine.text_tensors(self._engine.prompt.pack(texts))
+            text_tensors = self._engine.text_tensors([text])
         with clock("decoder"):
-            outputs = self._engine.run("decoder", tensors | text_tensors)
-        _check_output("decoder", outputs["scores"], (len(texts), len(self.manifest.labels)))
-        return outputs
+            outputs = self._engine.run("decoder", {**tensors, **text_tensors})
+            scores: Scores = self._engine.backend.to_host(outputs["scores"])[0]
+        _check_output("decoder", scores, len(self.manifest.labels))
+        return scores, outputs
 
     def _evidence(self, case: _Case, whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         """Cover each cell in turn; by how much do the label's log-odds drop?
@@ -337,10 +402,12 @@ class MDFClassifier:
         for row in range(GRID):
             tower = cover_cells(photograph.tower_pixels, spec.tower_mean, spec.tower_std, row)
             unet = cover_cells(photograph.unet_pixels, spec.unet_mean, spec.unet_std, row)
-            tensors = self._image_tensors(tower, unet, _Clock())
-            scores = self._decode(tensors, [case.text] * GRID, _Clock())["scores"]
-            covered = _log_softmax(scores / self.manifest.temperature)
-            drops[row] = _log_odds(whole, best) - _log_odds(covered, best)
+            for column in range(GRID):
+                one = slice(column, column + 1)
+                tensors = self._image_tensors(tower[one], unet[one], _Clock())
+                scores, _ = self._decode(tensors, case.text, _Clock())
+                covered = _log_softmax(scores / self.manifest.temperature)
+                drops[row, column] = _log_odds(whole, best) - _log_odds(covered, best)
         return drops
 
 
@@ -359,15 +426,11 @@ def _log_odds(log_probabilities: Array, label: int) -> npt.NDArray[np.float64]:
     return odds
 
 
-def _join(arrays: Sequence[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # one case is not copied
-
-
-def _check_output(block: str, values: Array, leading: tuple[int, int]) -> None:
+def _check_output(block: str, values: Array, expected: int) -> None:
     """Refuse what would read as an answer and is none."""
-    if values.shape[:2] != leading or not np.isfinite(values).all():
-        found = "NaN or infinity" if values.shape[:2] == leading else f"shape {values.shape}"
+    if len(values) != expected or not np.isfinite(values).all():
+        found = "NaN or infinity" if len(values) == expected else f"{len(values)} values"
         raise BackendRunError(
-            f"block {block}: found {found} in its output, expected finite values of shape "
-            f"{leading}. Check the engine on this machine: mdf verify ENGINE"
+            f"block {block}: found {found} in its output, expected {expected}, all finite. Check "
+            "the engine on this machine: mdf verify ENGINE"
         )

@@ -1,29 +1,35 @@
 """An engine directory in, its blocks ready to run on named tensors out."""
 
+import hashlib
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from mdf_sdk.errors import EngineError, ManifestError, MDFError
+from mdf_sdk.errors import EngineError, ManifestError
+from mdf_sdk.integrity import FileCheck
 from mdf_sdk.manifest import (
     EMBEDDINGS_NAME,
-    MANIFEST_NAME,
     TOKENIZER_NAME,
-    check_files,
-    digest,
-    load_manifest,
+    TrustedKey,
+    parse_manifest,
+    read_manifest,
 )
-from mdf_sdk.prompt import PackedPrompt, PromptEncoder
-from mdf_sdk.sessions import Array, Session, open_backend
+from mdf_sdk.memory import check_memory
+from mdf_sdk.prompt import EncodedText, PromptEncoder
+from mdf_sdk.sessions import Array, DeviceArray, Session, Tensor, open_backend
+
+_NO_EMBEDDINGS: Array = np.empty((0, 0), np.float16)
 
 
 class Engine:
     """The checked directory: prompt encoder, embeddings, and blocks, each loaded on first use.
 
-    Tensor names are global: a block takes its inputs by name from all tensors known so far.
+    Tensor names are global: a block takes its inputs by name from all tensors known so far. How
+    many threads may run blocks at a time is the backend's to say (`slots`).
     """
 
     def __init__(
@@ -32,43 +38,82 @@ class Engine:
         *,
         device: str = "auto",
         threads: int | None = None,
+        trusted_key: TrustedKey | None = None,
+        blocks: Sequence[str] = (),
     ) -> None:
+        """Check the directory and load blocks.
+
+        Args:
+            device, threads, trusted_key: as MDFClassifier takes them.
+            blocks: to load now, each as soon as its files are proved.
+
+        Raises:
+            EngineError: the directory cannot be used; every file is proved when this returns.
+            BackendError: the device does not work, or has too little memory.
+        """
         self._directory = Path(engine_dir)
         self._sessions: dict[str, Session] = {}
-        self._closed = False
-        self.manifest = load_manifest(engine_dir)
-        check_files(engine_dir, self.manifest)
-        self.manifest_sha256 = digest(self._directory / MANIFEST_NAME).sha256
-        self.backend = open_backend(device, threads=threads)
-        self.prompt = self._load_prompt()
-        self._embeddings = self._load_embeddings()
+        self._opening = threading.Lock()
+        self._embeddings = _NO_EMBEDDINGS
+        data = read_manifest(engine_dir, trusted_key)
+        self.manifest = parse_manifest(data)
+        self.manifest_sha256 = hashlib.sha256(data).hexdigest()
+        with FileCheck(engine_dir, self.manifest) as check:
+            self._check = check
+            self.backend = open_backend(device, self._directory, self.manifest, threads=threads)
+            check_memory(self.manifest, self.backend)
+            try:
+                check.wait(TOKENIZER_NAME)
+                self.prompt = self._load_prompt()
+                for block in blocks:
+                    self.open(block)
+                check.wait_all()
+                self._embeddings = self._load_embeddings()
+            except BaseException:
+                self.close()
+                raise
 
     def open(self, block: str) -> Session:
         """Load a block, if it is not loaded yet."""
-        if self._closed:
-            raise MDFError(
-                "the classifier is closed, expected an open one. Make another: "
-                "MDFClassifier(engine_dir)"
-            )
-        if block not in self._sessions:
-            spec = self.manifest.blocks[block]
-            self._sessions[block] = self.backend.open(block, self._directory / spec.file, spec)
-        return self._sessions[block]
+        with self._opening:
+            if block not in self._sessions:
+                for name in self.backend.files(block):
+                    self._check.wait(name)
+                self._sessions[block] = self.backend.open(block)
+            return self._sessions[block]
 
-    def run(self, block: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a block on its inputs among `tensors`, cast to the dtypes that its spec declares."""
-        session, inputs = self.open(block), {}
+    def run(self, block: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a block on its inputs among `tensors`.
+
+        Arrays on the host are cast to the dtypes that the block's spec declares.
+        """
+        session, inputs = self.open(block), dict[str, Tensor]()
         for spec in self.manifest.blocks[block].inputs:
             if spec.name not in tensors:
                 raise ManifestError(
                     f"block {block}: found no tensor {spec.name!r} to feed it, expected an earlier "
                     "block to give it. Export it again: mdf export CHECKPOINT ENGINE"
                 )
-            inputs[spec.name] = np.ascontiguousarray(tensors[spec.name], np.dtype(spec.dtype))
+            tensor, dtype = tensors[spec.name], np.dtype(spec.dtype)
+            if isinstance(tensor, DeviceArray):
+                if tensor.dtype != dtype:
+                    raise ManifestError(
+                        f"block {block}: found {spec.name} as {tensor.dtype} on the card, expected "
+                        f"{dtype}. Export it again: mdf export CHECKPOINT ENGINE"
+                    )
+                inputs[spec.name] = tensor
+            else:
+                inputs[spec.name] = np.ascontiguousarray(tensor, dtype)
         return session.run(inputs)
 
-    def text_tensors(self, packed: PackedPrompt) -> dict[str, Array]:
-        """Look up embeddings and cut the constant prefix off: the decoder's text inputs."""
+    def text_rows(self, text_tokens: int) -> int:
+        """Rows of a prefill, padding included, whose longest text has so many tokens."""
+        most = self.prompt.count_rows(self.manifest.prompt.max_text_tokens)
+        return min(self.backend.text_rows(self.prompt.count_rows(text_tokens)), most)
+
+    def text_tensors(self, texts: Sequence[EncodedText]) -> dict[str, Tensor]:
+        """Pack texts, look up embeddings and cut the constant prefix off: the decoder's inputs."""
+        packed = self.prompt.pack(texts, self.text_rows(max(len(text.ids) for text in texts)))
         prefix = packed.prefix_length
         ids = packed.input_ids[:, prefix:]
         if ids.max() >= len(self._embeddings):
@@ -86,7 +131,7 @@ class Engine:
         for session in self._sessions.values():
             session.close()
         self._sessions = {}
-        self._closed = True
+        self._embeddings = _NO_EMBEDDINGS  # on Windows a mapped file cannot be replaced
 
     def __enter__(self) -> Self:
         return self

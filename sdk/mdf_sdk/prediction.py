@@ -14,6 +14,7 @@ class EngineIdentity:
     """Which engine answered, and on what.
 
     Attributes:
+        card: the graphics card, or on the CPU the processor.
         manifest_sha256: names the engine bit for bit: the manifest holds a digest of every other
             file.
     """
@@ -22,6 +23,7 @@ class EngineIdentity:
     precision: str
     backend: str
     device: str
+    card: str
     manifest_sha256: str
 
 
@@ -45,7 +47,8 @@ class Prediction:
         dropped_tokens: tokens cut off its end because the engine takes no more; 0 when all of it
             was read.
         latency_ms: by stage, and "total". A stage whose result was kept from the last photograph
-            took 0.0. In a batch, the mean over its cases.
+            took 0.0. On a card, vision and unet_encoder run at the same time, and both count in
+            full. In a batch, the mean over its cases.
         engine: which engine answered.
         notice: what the engine's maker wants read beside every result; may be empty.
     """
@@ -98,8 +101,8 @@ class Prediction:
             f"{self.label} {self.probability:.3f}   ({', '.join(others)})",
             f"  text    {text}",
             f"  time    {self.latency_ms['total']:.1f} ms: {', '.join(stages)}",
-            f"  engine  {engine.model} {engine.precision} on {engine.device}, {engine.backend}, "
-            f"manifest {engine.manifest_sha256[:12]}",
+            f"  engine  {engine.model} {engine.precision} on {engine.device} ({engine.card}), "
+            f"{engine.backend}, manifest {engine.manifest_sha256[:12]}",
         ]
         if self.mask is not None:
             shares = ", ".join(f"{kind} {share:.1%}" for kind, share in self.mask_shares.items())

@@ -1,5 +1,7 @@
 import dataclasses
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from mdf_sdk import (
     BackendRunError,
+    BusyError,
     EngineError,
     ImageError,
     InputError,
@@ -26,6 +29,8 @@ from mdf_sdk import (
 )
 from mdf_sdk.evidence import cover_cells
 from mdf_sdk.preprocessing import find_square, to_pixels
+from mdf_sdk.sessions import Tensor
+from mdf_sdk.sessions.onnxruntime_cpu import OnnxRuntimeCpu
 
 from .toy_engine import LABELS, MASK_KINDS, UNET_PX, build_toy_engine, seal
 
@@ -211,7 +216,7 @@ def test_evidence_is_strongest_where_the_picture_is_special(
 
 
 def test_evidence_of_an_evenly_gray_field_is_zero(classifier: MDFClassifier) -> None:
-    picture = np.full((64, 64, 3), 128, np.uint8)
+    picture = np.pad(np.full((64, 64, 3), 128, np.uint8), ((8, 8), (8, 8), (0, 0)))
     evidence = classifier.predict(picture, "a", evidence=True).evidence
     np.testing.assert_allclose(evidence, np.zeros((7, 7)), atol=1e-5)
 
@@ -380,3 +385,97 @@ def test_a_text_of_a_book_is_refused_before_it_is_tokenized(
 ) -> None:
     with pytest.raises(InputError, match="expected at most 100000"):
         classifier.predict(photograph, "a" * 100_001)
+
+
+def test_threads_get_the_very_answers_of_a_single_one(
+    toy_engine: Path, photograph: npt.NDArray[np.uint8]
+) -> None:
+    pictures = [np.roll(photograph, 7 * i, axis=1) for i in range(6)]
+    texts = ("58 years old", "night blindness", "a" * 40)
+    cases = [(picture, text) for picture in pictures for text in texts]
+    with MDFClassifier(toy_engine, device="cpu", threads=1) as classifier:
+        golden = [classifier.predict(*case, mask=True) for case in cases]
+
+        def answer(number: int) -> bool:
+            found = classifier.predict(*cases[number], mask=True)
+            expected = golden[number]
+            assert found.mask is not None
+            assert expected.mask is not None
+            same = [(found.mask[kind] == expected.mask[kind]).all() for kind in expected.mask]
+            return found.scores == expected.scores and all(same)
+
+        order = np.random.default_rng(0).integers(len(cases), size=400).tolist()
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(answer, order))
+
+
+def test_a_failed_run_is_survived(
+    toy_engine: Path, photograph: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MDFClassifier(toy_engine, device="cpu") as classifier:
+        expected = classifier.predict(photograph, "58 years old").scores
+        session = classifier._engine.open("decoder")
+        with monkeypatch.context() as patch:
+
+            def fail(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+                raise BackendRunError("block decoder: a planted failure")
+
+            patch.setattr(session, "run", fail)
+            for _ in range(3):
+                with pytest.raises(BackendRunError, match="planted"):
+                    classifier.predict(photograph, "58 years old")
+        assert classifier.predict(photograph, "58 years old").scores == expected
+
+
+def test_a_full_queue_turns_away_and_a_time_out_ends_the_wait(
+    toy_engine: Path, photograph: npt.NDArray[np.uint8]
+) -> None:
+    with MDFClassifier(toy_engine, device="cpu", max_waiting=1) as classifier:
+        inside, leave = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with classifier._admission.enter():
+                inside.set()
+                leave.wait(10)
+
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(hold)
+            assert inside.wait(10)
+            with pytest.raises(BusyError, match=r"0\.01 s"):
+                classifier.predict(photograph, "58 years old", timeout_s=0.01)
+            waiting = pool.submit(classifier.predict, photograph, "58 years old")
+            while classifier._admission._waiting == 0:
+                pass
+            with pytest.raises(BusyError, match="1 waiting"):
+                classifier.predict(photograph, "58 years old")
+            leave.set()
+            assert waiting.result(10).label
+
+
+def test_blocks_that_do_not_depend_on_each_other_overlap_on_a_card_and_fail_together(
+    toy_engine: Path, photograph: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeCpu, "overlaps", True)
+    with MDFClassifier(toy_engine, device="cpu") as classifier:
+        meeting = threading.Barrier(2)
+        for block in ("vision", "unet_encoder"):
+            session = classifier._engine.open(block)
+
+            def meet(
+                inputs: Mapping[str, Tensor],
+                run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = session.run,
+            ) -> dict[str, Tensor]:
+                meeting.wait(10)  # both are running
+                return run(inputs)
+
+            monkeypatch.setattr(session, "run", meet)
+        assert classifier.predict(photograph, "58 years old").label
+        meeting.abort()
+        with pytest.raises(threading.BrokenBarrierError):
+            classifier.predict(photograph // 2, "58 years old")
+
+
+@pytest.mark.parametrize("max_waiting", [-1, 1.5, None])
+def test_the_length_of_the_queue_is_a_whole_number(toy_engine: Path, max_waiting: Any) -> None:
+    with pytest.raises(InputError, match="max_waiting"):
+        MDFClassifier(toy_engine, max_waiting=max_waiting)
