@@ -15,7 +15,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from mdf_export.graph import DTYPES, OPSET, GraphBuilder, Weight, save_graph
+from mdf_export.activations import activation_bytes, longest_dimensions
+from mdf_export.graph import DTYPES, GraphBuilder, Weight, save_graph
 from mdf_export.parts import tensor_specs
 from mdf_export.quantize import BITS, QuantizedWeight, round_to_nearest, to_float8
 from mdf_export.recipe import ExportRecipe
@@ -30,6 +31,8 @@ FEATURES = (*SKIPS, "bottleneck")
 # Relative L2. Rounding to 4 bits moves a weight by some 10 %; another model's is 100 % away.
 MAX_GIVEN_ERROR = 0.3
 _INT64_MAX = 2**63 - 1
+# ONNX Runtime 1.31 has no MaxPool of opset 22 or later on CUDA, and puts it on the CPU unasked.
+_CONVOLUTION_OPSET = 20
 
 
 def check_given(name: str, given: QuantizedWeight, weight: Tensor) -> QuantizedWeight:
@@ -127,9 +130,7 @@ def build_vision(source: BlockSource, folder: Path | None) -> int:
         x = g.input("tower_pixels", ("B", 3, side, side), "float32")
         x = g.op("Cast", x, to=DTYPES[g.float_type])
         with loaded(tower.patch_embedding), g.scope("patch_embedding"):
-            weight = g.constant(tower.patch_embedding.weight, "weight")
-            x = g.op("Conv", x, weight, strides=[tower.patch_size] * 2)
-            x = g.op("Transpose", g.op("Reshape", x, g.ints(0, width, -1)), perm=[0, 2, 1])
+            x = _patches(g, x, side, tower.patch_embedding)
         x = _add_positions(g, x, source.checkpoint)
         if padding:
             zeros = g.constant(torch.zeros(1, padding, width))
@@ -167,9 +168,11 @@ def build_fusion(source: BlockSource, folder: Path | None) -> int:
         channels = model.unet.encoder.out_channels[1:5]
         for i, (layer, block) in enumerate(zip(config.fusion.layers, model.fusion, strict=True)):
             side = config.image.unet_px >> (i + 1)
-            skip = g.input(SKIPS[i], ("B", channels[i], side, side))
+            # In the U-Net's type: on a card the tensors go from block to block as they are.
+            skip = g.input(SKIPS[i], ("B", channels[i], side, side), "float32")
+            skip = g.op("Cast", skip, to=DTYPES[g.float_type])
             with loaded(block), g.scope(f"fusion.{i}"):
-                states[layer] = _fuse(g, vision_states, skip, block)
+                states[layer] = _fuse(g, vision_states, skip, side, block)
         for layer, value in states.items():
             attention = model.backbone.model.language_model.layers[layer].cross_attn
             with loaded(attention), g.scope(f"layers.{layer}/cross_attention"):
@@ -272,7 +275,8 @@ def build_decoder(source: BlockSource, encoder: PromptEncoder, folder: Path | No
             scores = _label_scores(g, x, checkpoint.model, encoder)
         g.output("scores", scores, ("B", len(encoder.labels)), "float32")
         joined = g.op("Concat", *(pooled[i] for i in config.fusion.layers), axis=1)
-        g.output("pooled", joined, ("B", len(pooled), width))
+        joined = g.op("Cast", joined, to=DTYPES["float32"])  # as the U-Net reads it
+        g.output("pooled", joined, ("B", len(pooled), width), "float32")
         return g.save()
 
 
@@ -281,7 +285,7 @@ def build_decoder(source: BlockSource, encoder: PromptEncoder, folder: Path | No
 class _UNetEncoder(nn.Module):
     def __init__(self, model: MDFModel) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(model.unet.encoder).to("cpu").eval()
+        self.encoder = _host_copy(model.unet.encoder)
 
     def forward(self, unet_pixels: Tensor) -> tuple[Tensor, ...]:
         _, *features = self.encoder(unet_pixels)
@@ -291,8 +295,8 @@ class _UNetEncoder(nn.Module):
 class _UNetDecoder(nn.Module):
     def __init__(self, model: MDFModel) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(model.unet).to("cpu").eval()
-        films: Any = copy.deepcopy(model.film).to("cpu").eval()
+        self.unet = _host_copy(model.unet)
+        films: Any = _host_copy(model.film)
         for film in films:
             film.proj = _as_convolution(film.proj)
         self.film = films
@@ -300,6 +304,13 @@ class _UNetDecoder(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         *skips, bottleneck, pooled = tensors
         return decode_mask(self.unet, self.film, skips, bottleneck, pooled).sigmoid()
+
+
+def _host_copy(module: nn.Module) -> Any:
+    """A copy that torch's exporter takes; weights that are nowhere become any."""
+    copied = copy.deepcopy(module).eval()
+    nowhere = any(weight.is_meta for weight in copied.parameters())
+    return copied.to_empty(device="cpu") if nowhere else copied.to("cpu")
 
 
 def _as_convolution(linear: nn.Linear) -> nn.Module:
@@ -355,7 +366,7 @@ def _export_module(
             tuple(inputs.values()),
             dynamo=True,
             verbose=False,
-            opset_version=OPSET,
+            opset_version=_CONVOLUTION_OPSET,
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_shapes=(shapes,) if _is_variadic(module) else shapes,
@@ -372,10 +383,16 @@ def _float32_bytes(*modules: nn.Module) -> int:
     return sum(4 * weight.numel() for module in modules for weight in module.parameters())
 
 
-def read_spec(path: Path, precision: Precision) -> BlockSpec:
-    """Read a finished block's bindings off its graph."""
+def read_spec(path: Path, precision: Precision, encoder: PromptEncoder) -> BlockSpec:
+    """Read a finished block's bindings off its graph, and the memory of its longest case."""
     graph = onnx.load(path, load_external_data=False).graph
-    return BlockSpec(path.name, precision, tensor_specs(graph.input), tensor_specs(graph.output))
+    return BlockSpec(
+        file=path.name,
+        precision=precision,
+        inputs=tensor_specs(graph.input),
+        outputs=tensor_specs(graph.output),
+        activation_bytes=activation_bytes(path, longest_dimensions(encoder)),
+    )
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -473,12 +490,23 @@ def _tower_attention(
     return g.op("Concat", real, g.attention(padded, *seen, heads, heads), axis=1)
 
 
-def _fuse(g: GraphBuilder, states: str, skip: str, block: Any) -> str:
-    proj = block.patch_proj
-    weight, bias = g.constant(proj.weight, "patch_proj"), g.constant(proj.bias, "patch_bias")
-    x = g.op("Conv", skip, weight, bias, strides=list(proj.stride))
-    x = g.op("Transpose", g.op("Reshape", x, g.ints(0, proj.out_channels, -1)), perm=[0, 2, 1])
-    x = g.op("Add", x, g.constant(block.position[None], "position"))
+def _patches(g: GraphBuilder, x: str, side: int, conv: nn.Conv2d) -> str:
+    """A convolution whose kernel is its stride, without its bias: (B, C, S, S) -> (B, G * G, D).
+
+    Written as a product: cuDNN has no plan for some of these in float16, and slow ones for others.
+    """
+    channels, patch = conv.in_channels, conv.stride[0]
+    grid = side // patch
+    x = g.op("Reshape", x, g.ints(0, channels, grid, patch, grid, patch))
+    x = g.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
+    x = g.op("Reshape", x, g.ints(0, grid * grid, channels * patch * patch))
+    return g.op("MatMul", x, g.constant(conv.weight.flatten(1).T, "weight"))
+
+
+def _fuse(g: GraphBuilder, states: str, skip: str, side: int, block: Any) -> str:
+    with g.scope("patch_proj"):
+        x = _patches(g, skip, side, block.patch_proj)
+    x = g.op("Add", x, g.constant((block.position + block.patch_proj.bias)[None], "position"))
     x = _layer_norm(g, x, block.patch_norm)
     q = g.linear(_layer_norm(g, states, block.state_norm), "q_proj", block.q_proj)
     k, v = g.linear(x, "k_proj", block.k_proj), g.linear(x, "v_proj", block.v_proj)
@@ -496,7 +524,7 @@ def _text_mlp(g: GraphBuilder, x: str, layer: Any) -> str:
 
 def _score_rows(g: GraphBuilder, x: str, encoder: PromptEncoder) -> str:
     """The last body token and the fed label tokens: the rows that predict label tokens."""
-    rows = 1 + sum(len(ids) - 1 for ids in encoder.label_ids)
+    rows = 1 + encoder.label_rows
     return g.op("Slice", x, g.ints(-rows), g.ints(_INT64_MAX), g.ints(1))
 
 

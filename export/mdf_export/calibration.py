@@ -157,7 +157,7 @@ class _CalibrationRun:
         self._prefix = packed.prefix_length
         # Rows that the engine feeds: neither the constant instruction nor padding.
         self._fed = prompt.body_mask.clone()
-        labels = sum(len(ids) - 1 for ids in encoder.label_ids)
+        labels = encoder.label_rows
         self._fed[:, self._fed.shape[1] - labels :] = True
         with checkpoint.flowing(), self._hooks():
             image = self._encode(images)

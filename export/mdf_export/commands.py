@@ -169,7 +169,8 @@ def _export(args: argparse.Namespace, recipe: "ExportRecipe") -> int:
 
 
 def _plan(args: argparse.Namespace, recipe: "ExportRecipe") -> int:
-    from mdf_export.planning import plan_checkpoint, plan_preset
+    from mdf_export.planning import plan_checkpoint, plan_preset, plan_specs
+    from mdf_sdk.memory import plan_memory
 
     if (args.preset is None) == (args.checkpoint is None):
         raise InputError(
@@ -179,6 +180,10 @@ def _plan(args: argparse.Namespace, recipe: "ExportRecipe") -> int:
     name = args.preset or str(args.checkpoint)
     plan = plan_preset(name, recipe) if args.preset else plan_checkpoint(args.checkpoint, recipe)
     print(format_plan(name, recipe, plan))
+    specs = plan_specs(plan)
+    needs = {device: plan_memory(specs, plan.blocks, device) for device in ("cpu", "cuda")}
+    for need in needs.values():
+        print(need)
     if args.json:
         result = {
             "model": name,
@@ -186,6 +191,7 @@ def _plan(args: argparse.Namespace, recipe: "ExportRecipe") -> int:
             "blocks_bytes": dict(plan.blocks),
             "device_bytes": plan.device_bytes,
             "embeddings_bytes": plan.embeddings,
+            "needed_bytes": {device: need.total_bytes for device, need in needs.items()},
         }
         print(json.dumps(result))
     return 0

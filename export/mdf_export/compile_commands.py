@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdf_sdk.extras import import_extra
+from mdf_sdk.manifest import SIGNATURE_NAME
 
 if TYPE_CHECKING:
     from mdf_sdk.manifest import PlanSpec
@@ -43,6 +44,7 @@ def add_compile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def run_compile(args: argparse.Namespace) -> int:
     """Compile the engine and say what was made."""
     compile_engine = import_extra("mdf_export.tensorrt", "tensorrt-rtx").compile_engine
+    signed = (args.engine / SIGNATURE_NAME).exists()
     manifest = compile_engine(
         args.engine,
         package=args.package,
@@ -58,6 +60,10 @@ def run_compile(args: argparse.Namespace) -> int:
         f"{args.engine}: {len(plans)} plans for {', '.join(capabilities)} by {builder}, "
         f"{sum(sizes) / 1e6:.1f} MB, {seconds:.1f} s"
     )
+    if signed:
+        print(
+            f"  {SIGNATURE_NAME} was of the old manifest, so it is gone. Sign the new one: mdf sign"
+        )
     if args.json:
         result = {
             "engine": str(args.engine),

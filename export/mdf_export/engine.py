@@ -21,6 +21,7 @@ from mdf_export.resuming import RESULT, resumed_directory
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_export.tensorrt import Package, compile_engine, import_compiler
 from mdf_sdk.errors import CheckpointError, InputError, StorageError
+from mdf_sdk.integrity import digest
 from mdf_sdk.manifest import (
     BLOCKS,
     EMBEDDINGS_NAME,
@@ -31,7 +32,6 @@ from mdf_sdk.manifest import (
     Manifest,
     Precision,
     QuantizationSpec,
-    digest,
     save_manifest,
 )
 from mdf_sdk.staging import check_free
@@ -152,12 +152,12 @@ def _quantize(
 
 def _write_blocks(source: BlockSource, folder: Path) -> dict[str, BlockSpec]:
     """Write the graphs that an earlier call has not finished: a block's .onnx file comes last."""
-    specs = {}
+    specs, encoder = {}, source.checkpoint.prompt_encoder()
     for name in BLOCKS:
         path = folder / f"{name}.onnx"
         if not path.exists():
             build_block(name, source, folder)
-        specs[name] = read_spec(path, source.recipe.block_precision(name))
+        specs[name] = read_spec(path, source.recipe.block_precision(name), encoder)
     return specs
 
 

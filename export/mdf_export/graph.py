@@ -50,8 +50,8 @@ class GraphBuilder:
         store: Callable[[nn.Linear], Weight],
     ) -> None:
         """Args:
-        folder: receives {name}.onnx and {name}.onnx.data; None only counts bytes, and takes
-            weights on the meta device.
+        folder: receives {name}.onnx and {name}.onnx.data, the latter without what is on the meta
+            device; None only counts bytes.
         name: of the block.
         float_type: of activations and of weights that are not quantized.
         store: gives a linear's weight in the form in which the graph holds it.
@@ -260,8 +260,10 @@ class GraphBuilder:
         self.weight_bytes += size
         if self._data is None:
             return str(tensor.name)
-        raw = _to_bytes(pack_int4(value) if data_type == TensorProto.INT4 else value)
-        if size <= INLINE_BYTES:
+        raw = b""
+        if not value.is_meta:  # without its weights a graph can be read, but not run
+            raw = _to_bytes(pack_int4(value) if data_type == TensorProto.INT4 else value)
+        if 0 < len(raw) <= INLINE_BYTES:
             tensor.raw_data = raw
         else:
             self._data.write(bytes(-self._data.tell() % ALIGNMENT))

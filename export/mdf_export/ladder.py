@@ -299,7 +299,7 @@ def _reference_streams(
         tensors = reference_tensors(
             checkpoint, [case.image for case in cases], [case.text for case in cases]
         )
-    labels = sum(len(ids) - 1 for ids in checkpoint.prompt_encoder().label_ids)
+    labels = checkpoint.prompt_encoder().label_rows
     fed: npt.NDArray[np.bool_] = tensors["body_mask"].astype(np.bool_)
     fed[:, fed.shape[1] - labels :] = True
     rows = fed.shape[1]  # the instruction's come before
@@ -320,7 +320,9 @@ def _compare(
         for block in BLOCKS:
             outputs = engine.run(block, reference.tensors)
             blocks[block] = {
-                name: compare_cases(zip(found, reference.tensors[name], strict=True))
+                name: compare_cases(
+                    zip(engine.backend.to_host(found), reference.tensors[name], strict=True)
+                )
                 for name, found in outputs.items()
             }
     layers = _compare_layers(engine_dir, manifest, reference)

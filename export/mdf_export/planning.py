@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mdf_export.blocks import BlockSource, build_block
+from mdf_export.blocks import BlockSource, build_block, read_spec
 from mdf_export.recipe import QUANTIZED_BLOCKS, ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import StorageError
-from mdf_sdk.manifest import BLOCKS
+from mdf_sdk.manifest import BLOCKS, BlockSpec
 from mdf_training.config import ModelConfig, load_preset
 
 
@@ -23,10 +24,12 @@ class EnginePlan:
     """What an engine will hold, told before it is built.
 
     Attributes:
+        source: of the blocks, without weights.
         blocks: bytes of each block's weights, which a device holds.
         embeddings: bytes of the token embeddings, which stay on the host.
     """
 
+    source: BlockSource
     blocks: Mapping[str, int]
     embeddings: int
 
@@ -43,6 +46,7 @@ def plan_engine(config: ModelConfig, tokenizer_json: str, recipe: ExportRecipe) 
     rows = checkpoint.model.backbone.model.language_model.embed_tokens.weight
     itemsize = np.dtype(recipe.float_type).itemsize
     return EnginePlan(
+        source,
         {name: build_block(name, source, None) for name in BLOCKS},
         rows.numel() * itemsize,
     )
@@ -62,6 +66,19 @@ def plan_preset(preset: str, recipe: ExportRecipe) -> EnginePlan:
     """
     config = load_preset(preset)
     return plan_engine(config, _words_tokenizer(config), recipe)
+
+
+@torch.no_grad()
+def plan_specs(plan: EnginePlan) -> dict[str, BlockSpec]:
+    """Build the graphs without their weights, and read off them what the manifest will say."""
+    source, specs = plan.source, {}
+    encoder = source.checkpoint.prompt_encoder()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in BLOCKS:
+            build_block(name, source, Path(folder))
+            path = Path(folder) / f"{name}.onnx"
+            specs[name] = read_spec(path, source.recipe.block_precision(name), encoder)
+    return specs
 
 
 def check_disk(plan: EnginePlan, recipe: ExportRecipe, engine_dir: Path) -> None:

@@ -32,9 +32,9 @@ from mdf_sdk.errors import (
     MissingExtraError,
     StorageError,
 )
+from mdf_sdk.integrity import check_files, digest
 from mdf_sdk.manifest import (
     BLOCKS,
-    MANIFEST_NAME,
     PLANS_NAME,
     TOKENIZER_NAME,
     BlockSpec,
@@ -43,8 +43,6 @@ from mdf_sdk.manifest import (
     PlanSpec,
     Precision,
     TensorSpec,
-    check_files,
-    digest,
     load_manifest,
     save_manifest,
 )
@@ -97,7 +95,7 @@ def compile_engine(
 ) -> Manifest:
     """Compile the five graphs of an engine; plans that the package made earlier are replaced.
 
-    Killed or failed at any moment, the engine is as it was.
+    Killed or failed at any moment, the engine is as it was. A signature goes with its manifest.
 
     Args:
         engine_dir: as `mdf export` writes it.
@@ -150,7 +148,7 @@ def shape_profile(directory: Path, manifest: Manifest) -> dict[str, tuple[int, i
     tokenizer_json = (directory / TOKENIZER_NAME).read_text(encoding="utf-8")
     encoder = PromptEncoder(tokenizer_json, manifest.prompt, manifest.labels)
     longest = manifest.prompt.max_text_tokens
-    around = 1 + len(encoder.suffix_ids) + sum(len(ids) - 1 for ids in encoder.label_ids)
+    around = encoder.count_rows(0)
     text = (1, min(TYPICAL_TEXT_TOKENS, longest), longest)
     prefix = len(encoder.prefix_ids)
     shortest, typical, longest = (around + tokens for tokens in text)
@@ -187,8 +185,7 @@ def install_plans(
         kept.append(plan)
         files[plan.file] = entry
     manifest = replace(manifest, plans=tuple(kept), files=files)
-    save_manifest(manifest, workspace)
-    (workspace / MANIFEST_NAME).replace(directory / MANIFEST_NAME)
+    save_manifest(manifest, directory, workspace=workspace)
     return manifest
 
 

@@ -18,13 +18,16 @@ def copy(int4_engine: Path, tmp_path: Path) -> Path:
 
 
 def test_compile_prints_each_plan_then_json(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "manifest.sig").write_bytes(b"x" * 64)
     words = ["compile", str(copy), "--compute-capability", "8.6", "8.9", "--layers-per-plan", "4"]
     assert main([*words, "--json"]) == 0
-    *plans, summary, document = capsys.readouterr().out.splitlines()
+    *plans, summary, unsigned, document = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in plans] == [
         *("vision", "unet_encoder", "fusion", "decoder.0", "decoder.1", "unet_decoder")
     ]
     assert "6 plans for 8.6, 8.9 by tensorrt_rtx" in summary
+    assert unsigned.strip().startswith("manifest.sig was of the old manifest")
+    assert not (copy / "manifest.sig").exists()
     result = json.loads(document)
     manifest = load_manifest(copy)
     assert [plan["file"] for plan in result["plans"]] == [plan.file for plan in manifest.plans]

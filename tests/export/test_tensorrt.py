@@ -30,7 +30,8 @@ from mdf_sdk import (
     load_manifest,
 )
 from mdf_sdk.errors import BackendError, BackendUnavailableError, InputError
-from mdf_sdk.manifest import BLOCKS, PlanSpec, digest, save_manifest
+from mdf_sdk.integrity import digest
+from mdf_sdk.manifest import BLOCKS, PlanSpec, save_manifest
 from mdf_sdk.prompt import EncodedText, PromptEncoder
 
 THREE_CARDS = ("8.6", "8.9", "12.0")
