@@ -9,6 +9,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from PIL import Image
 
 from mdf_training.synthetic import SyntheticData
@@ -24,8 +31,8 @@ COMMANDS = [
     for line in code.splitlines()
     if line.startswith("mdf ")
 ]
-# These take minutes; test_road.py and test_latency.py run them.
-LONG = ("mdf train", "mdf evaluate", "mdf benchmark")
+# These take minutes; test_road.py, test_latency.py and test_soak.py run them.
+LONG = ("mdf train", "mdf evaluate", "mdf benchmark", "mdf soak")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -
     shutil.copytree(tiny_checkpoint, folder / "build" / "demo_checkpoint")
     (folder / ".demo").mkdir()
     Image.fromarray(SyntheticData(1, 9)[0].image).save(folder / ".demo" / "retina.jpg")
+    save_keys(folder)
     return folder
+
+
+def save_keys(folder: Path) -> None:
+    """The two files that openssl would write."""
+    key, pem = Ed25519PrivateKey.generate(), Encoding.PEM
+    private = key.private_bytes(pem, PrivateFormat.PKCS8, NoEncryption())
+    public = key.public_key().public_bytes(pem, PublicFormat.SubjectPublicKeyInfo)
+    (folder / "private.pem").write_bytes(private)
+    (folder / "public.pem").write_bytes(public)
 
 
 def run(command: list[str], workplace: Path) -> str:

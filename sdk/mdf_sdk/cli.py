@@ -9,7 +9,18 @@ from importlib.metadata import entry_points
 
 from mdf_sdk.errors import MDFError
 
-_ORDER = ("train", "evaluate", "export", "compile", "predict", "info", "verify", "benchmark")
+_ORDER = (
+    "train",
+    "evaluate",
+    "export",
+    "compile",
+    "predict",
+    "info",
+    "verify",
+    "doctor",
+    "benchmark",
+    "soak",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

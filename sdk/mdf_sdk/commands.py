@@ -1,9 +1,11 @@
-"""The commands `mdf predict`, `mdf info` and `mdf verify`."""
+"""The commands `mdf predict`, `mdf info`, `mdf verify`, `mdf doctor` and `mdf sign`."""
 
 import argparse
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from mdf_sdk.extras import import_extra
 
 # The commands' own needs load when one runs, so that `mdf --help` stays quick.
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ def add_predict(subparsers: Subparsers) -> None:
     parser.add_argument("engine", metavar="ENGINE", help="an engine directory")
     parser.add_argument("image", metavar="IMAGE", help="a picture file")
     parser.add_argument("--text", required=True, metavar="T", help="the clinical text")
+    parser.add_argument(
+        "--frame", type=int, metavar="N", help="which picture of a multi-frame file, from 0"
+    )
     parser.add_argument("--mask", action="store_true", help="also segment the photograph")
     parser.add_argument("--evidence", action="store_true", help="also map what spoke for the label")
     parser.add_argument(
@@ -43,12 +48,46 @@ def add_verify(subparsers: Subparsers) -> None:
         "verify", help="check an engine's files and its numbers on this machine"
     )
     parser.add_argument("engine", metavar="ENGINE", help="an engine directory")
+    parser.add_argument(
+        "--key",
+        metavar="PUBLIC",
+        help="refuse an engine that this Ed25519 key (PEM) has not signed",
+    )
     _add_device_and_json(parser)
     parser.set_defaults(run=_verify)
 
 
+def add_sign(subparsers: Subparsers) -> None:
+    """Register `mdf sign`."""
+    parser = subparsers.add_parser("sign", help="check an engine's files and sign its manifest")
+    parser.add_argument("engine", metavar="ENGINE", help="an engine directory")
+    parser.add_argument(
+        "--key", required=True, metavar="PRIVATE", help="an Ed25519 private key (PEM)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON document as the last line"
+    )
+    parser.set_defaults(run=_sign)
+
+
+def add_doctor(subparsers: Subparsers) -> None:
+    """Register `mdf doctor`."""
+    parser = subparsers.add_parser(
+        "doctor", help="say of every backend whether it works here, or why not and what cures it"
+    )
+    parser.add_argument(
+        "engine", metavar="ENGINE", nargs="?", help="an engine directory to try them with"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON document as the last line"
+    )
+    parser.set_defaults(run=_doctor)
+
+
 def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", metavar="D", help='"auto" or "cpu"')
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="auto (default), tensorrt, cuda or cpu"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print a JSON document as the last line"
     )
@@ -57,20 +96,22 @@ def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
 def _predict(args: argparse.Namespace) -> int:
     from mdf_sdk.classifier import MDFClassifier
     from mdf_sdk.picture import check_picture_path, save_picture
+    from mdf_sdk.preprocessing import load_image
 
     wants_picture = args.picture is not None
     if wants_picture:
         check_picture_path(args.picture, args.image)
+    image = args.image if args.frame is None else load_image(args.image, args.frame)
     with MDFClassifier(args.engine, device=args.device) as classifier:
         prediction = classifier.predict(
-            args.image,
+            image,
             args.text,
             mask=args.mask or wants_picture,
             evidence=args.evidence or wants_picture,
         )
     print(prediction)
     if wants_picture:
-        save_picture(args.picture, args.image, prediction)
+        save_picture(args.picture, image, prediction)
         print(f"  picture {args.picture}")
     if args.json:
         _print_json(prediction.to_dict())
@@ -90,14 +131,36 @@ def _info(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from mdf_sdk.verify import verify_engine
 
-    report = verify_engine(args.engine, args.device)
+    report = verify_engine(args.engine, args.device, args.key)
     print(report)
     if args.json:
         _print_json(report.to_dict())
     return 0 if report.ok else 1
 
 
+def _sign(args: argparse.Namespace) -> int:
+    from mdf_sdk.manifest import SIGNATURE_NAME
+
+    fingerprint = import_extra("mdf_sdk.signature", "sign").sign_engine(args.engine, args.key)
+    print(f"{args.engine}: {SIGNATURE_NAME} is by the key with SHA-256 {fingerprint}")
+    if args.json:
+        _print_json({"engine": args.engine, "signed_by": fingerprint})
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mdf_sdk.doctor import diagnose
+
+    diagnosis = diagnose(args.engine)
+    print(diagnosis)
+    if args.json:
+        _print_json(diagnosis.to_dict())
+    return 0 if diagnosis.ok else 1
+
+
 def _describe(engine_dir: str, manifest: "Manifest") -> str:
+    from mdf_sdk.memory import required_bytes
+
     megabytes = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     precisions = ", ".join(f"{name} {block.precision}" for name, block in manifest.blocks.items())
     versions = ", ".join(f"{name} {version}" for name, version in manifest.built_with.items())
@@ -118,6 +181,8 @@ def _describe(engine_dir: str, manifest: "Manifest") -> str:
         f"  built with  {versions}",
         f"  checkpoint  {manifest.checkpoint}",
     ]
+    devices = ("cpu", "cuda", "tensorrt") if manifest.plans else ("cpu", "cuda")
+    lines += [f"  memory      {required_bytes(manifest, device).summary}" for device in devices]
     lines += [
         f"  plan        {plan.file}: {plan.builder}, cards {', '.join(plan.compute_capabilities)}, "
         f"{manifest.files[plan.file].bytes / 1e6:.1f} MB"

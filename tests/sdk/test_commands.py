@@ -54,6 +54,26 @@ def test_a_picture_implies_mask_and_evidence(
     assert out.stat().st_size > 10_000
 
 
+def test_a_frame_is_chosen_by_its_number(
+    toy_engine: Path,
+    photograph: npt.NDArray[np.uint8],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    film, alone, out = tmp_path / "film.tif", tmp_path / "alone.png", tmp_path / "out.png"
+    pages = [Image.fromarray(photograph), Image.fromarray(photograph[:, ::-1])]
+    pages[0].save(film, save_all=True, append_images=pages[1:])
+    pages[1].save(alone)
+    rest = ["--text", "a", "--json"]
+    assert main(["predict", str(toy_engine), str(film), *rest]) == 2
+    assert "found 2 pictures" in capsys.readouterr().err
+    assert main(["predict", str(toy_engine), str(alone), *rest]) == 0
+    expected = last_line(capsys)["scores"]
+    words = ["predict", str(toy_engine), str(film), "--frame", "1", "--picture", str(out), *rest]
+    assert main(words) == 0
+    assert last_line(capsys)["scores"] == expected
+
+
 def test_a_bad_picture_path_is_refused_before_anything_runs(
     image: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,3 +128,46 @@ def test_verify_exits_with_1_when_a_block_is_too_far(
     seal(toy_copy, load_manifest(toy_copy))
     assert main(["verify", str(toy_copy), "--json"]) == 1
     assert last_line(capsys)["ok"] is False
+
+
+def test_sign_then_verify_names_the_key(
+    toy_copy: Path, key_pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = key_pair
+    assert main(["sign", str(toy_copy), "--key", private, "--json"]) == 0
+    signed_by = last_line(capsys)["signed_by"]
+    assert main(["verify", str(toy_copy), "--key", public, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert f"signed by the key with SHA-256 {signed_by}" in out
+    assert json.loads(out.splitlines()[-1])["signed_by"] == signed_by
+
+
+def test_verify_with_a_key_refuses_the_unsigned(
+    toy_engine: Path, key_pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(toy_engine), "--key", key_pair[1], "--json"]) == 2
+    error = last_line(capsys)["error"]
+    assert isinstance(error, dict)
+    assert error["type"] == "SignatureError"
+    assert "mdf sign ENGINE --key" in error["message"]
+
+
+@pytest.fixture
+def key_pair(tmp_path: Path) -> tuple[str, str]:
+    """Paths of a private and its public key."""
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (tmp_path / "private.pem").write_bytes(private)
+    (tmp_path / "public.pem").write_bytes(public)
+    return str(tmp_path / "private.pem"), str(tmp_path / "public.pem")
