@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mdf_sdk.errors import BusyError, ClosedError
+from mdf_sdk.errors import BusyError, ClosedError, InputError
 
 
 class Admission:
@@ -23,10 +23,13 @@ class Admission:
         """Wait for a slot, and hold it until the block ends.
 
         Raises:
+            InputError: the time is no number from 0.
             BusyError: the queue is full, or no slot came free in time.
             ClosedError: it was closed, or belongs to the process that this one was forked from.
         """
         self.check_open()
+        if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s >= 0):
+            raise InputError(f"timeout_s: found {timeout_s!r}, expected seconds from 0, or None")
         with self._changed:
             if self._running >= self._slots and self._waiting >= self._max_waiting:
                 raise BusyError(

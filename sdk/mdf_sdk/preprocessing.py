@@ -3,6 +3,7 @@
 Training and the runtime both go through this module, so that they see the same pixels.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -201,9 +202,9 @@ def to_pixels(
         picture = _resize(reduced[factor], square.side / factor, side_px)
         return normalize(np.asarray(picture), mean, std)
 
-    with ThreadPoolExecutor(1) as beside:  # Pillow resizes without holding Python's lock
-        unet = beside.submit(prepare, spec.unet_px, spec.unet_mean, spec.unet_std)
-        return prepare(spec.tower_px, spec.tower_mean, spec.tower_std), unet.result()
+    # Pillow resizes without holding Python's lock.
+    unet = _beside(os.getpid()).submit(prepare, spec.unet_px, spec.unet_mean, spec.unet_std)
+    return prepare(spec.tower_px, spec.tower_mean, spec.tower_std), unet.result()
 
 
 def normalize(picture: Picture, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
@@ -213,6 +214,12 @@ def normalize(picture: Picture, mean: tuple[float, ...], std: tuple[float, ...])
     pixels: Pixels = planes * scale[:, None, None]
     pixels -= shift[:, None, None]
     return pixels
+
+
+@functools.cache
+def _beside(process: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked one has none of its parent's."""
+    return ThreadPoolExecutor(os.cpu_count(), f"mdf-pixels-{process}")
 
 
 def check_size(width: int, height: int, name: str) -> None:

@@ -3,10 +3,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from mdf_sdk import BusyError, ClosedError
+from mdf_sdk import BusyError, ClosedError, InputError
 from mdf_sdk.admission import Admission
 
 
@@ -76,6 +77,12 @@ def test_a_wait_that_takes_too_long_ends_in_an_error_and_holds_no_place(
     visitor.leave()
     visitor.done.result()
     with admission.enter(0.0):
+        pass
+
+
+@pytest.mark.parametrize("timeout_s", [-1, float("nan"), "1"])
+def test_a_wait_is_a_number_of_seconds(timeout_s: Any) -> None:
+    with pytest.raises(InputError, match="timeout_s"), Admission(1, 1).enter(timeout_s):
         pass
 
 

@@ -14,6 +14,7 @@ Array = npt.NDArray[Any]
 
 _KEPT_BYTES = 512 * 2**20
 _OLDEST_CARD = (7, 5)
+_ROWS_STEP = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,30 @@ def copy_all(memory: DeviceMemory, arrays: Mapping[str, DeviceArray]) -> dict[st
     own = {name: memory.empty(array.shape, array.dtype) for name, array in arrays.items()}
     memory.write(*((own[name], array) for name, array in arrays.items()))
     return own
+
+
+class CardBackend:
+    """What every backend on a card is and does."""
+
+    slots = 1
+    overlaps = True
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+        self.card = memory.card
+
+    def text_rows(self, rows: int) -> int:
+        return -(-rows // _ROWS_STEP) * _ROWS_STEP
+
+    def to_host(self, tensor: Tensor) -> Array:
+        return self._memory.to_host(tensor) if isinstance(tensor, DeviceArray) else tensor
+
+    def free_and_total_bytes(self) -> tuple[int, int]:
+        return self._memory.free_and_total_bytes()
+
+    def device_bytes(self) -> int:
+        free, total = self._memory.free_and_total_bytes()
+        return total - free
 
 
 class CudaMemory:

@@ -47,7 +47,6 @@ class OnnxRuntimeCpu:
         spec = self._blocks[block]
         options = session_options(self._runtime, _CONFIG)
         options.intra_op_num_threads = self._threads
-        options.enable_cpu_mem_arena = False  # as fast, and what a block needed is given back
         path = self._directory / spec.file
         session = load_graph(
             self._runtime, block, path, spec, options, "CPUExecutionProvider", provider_options={}

@@ -18,8 +18,9 @@ import numpy as np
 
 from mdf_sdk.errors import BackendUnavailableError
 from mdf_sdk.manifest import BlockSpec, Manifest, TensorSpec
-from mdf_sdk.sessions import Array, Tensor
+from mdf_sdk.sessions import Tensor
 from mdf_sdk.sessions.device_memory import (
+    CardBackend,
     DeviceArray,
     DeviceMemory,
     concatenate,
@@ -34,7 +35,6 @@ from mdf_sdk.sessions.onnxruntime_load import (
 from mdf_sdk.sessions.onnxruntime_probe import check_provider
 
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
-_ROWS_STEP = 32
 _PROVIDER_OPTIONS = {
     "cuda": {
         "enable_cuda_graph": "1",
@@ -51,24 +51,22 @@ _CONFIG = {"session.use_device_allocator_for_initializers": "1"}
 _FEW_ROWS_CONFIG = {"ep.cuda.fpa_intb_gemm": "1"}
 
 
-class OnnxRuntimeCuda:
+class OnnxRuntimeCuda(CardBackend):
     """ONNX Runtime's CUDA execution provider.
 
     `memory` may be of another kind in tests; the bindings are the same.
     """
 
     device = "cuda"
-    slots = 1
-    overlaps = True
 
     def __init__(self, engine_dir: Path, manifest: Manifest, memory: DeviceMemory) -> None:
         """Raises:
         BackendUnavailableError: no onnxruntime, or one that was built without CUDA.
         """
         self._runtime = import_with_cuda() if memory.kind == "cuda" else import_onnxruntime("cpu")
-        self._directory, self._manifest, self._memory = engine_dir, manifest, memory
+        super().__init__(memory)
+        self._directory, self._manifest = engine_dir, manifest
         self.name = f"onnxruntime {self._runtime.__version__}"
-        self.card = memory.card
 
     def files(self, block: str) -> tuple[str, ...]:
         return (self._manifest.blocks[block].file,)
@@ -92,19 +90,6 @@ class OnnxRuntimeCuda:
             opened.close()
             raise
         return opened
-
-    def text_rows(self, rows: int) -> int:
-        return -(-rows // _ROWS_STEP) * _ROWS_STEP
-
-    def to_host(self, tensor: Tensor) -> Array:
-        return self._memory.to_host(tensor) if isinstance(tensor, DeviceArray) else tensor
-
-    def free_and_total_bytes(self) -> tuple[int, int]:
-        return self._memory.free_and_total_bytes()
-
-    def device_bytes(self) -> int:
-        free, total = self._memory.free_and_total_bytes()
-        return total - free
 
 
 @dataclass(frozen=True)

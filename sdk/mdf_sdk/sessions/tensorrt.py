@@ -28,8 +28,8 @@ from mdf_sdk.errors import (
     MDFError,
 )
 from mdf_sdk.manifest import BLOCKS, BlockSpec, Manifest, PlanSpec, TensorSpec
-from mdf_sdk.sessions import Array, Tensor
-from mdf_sdk.sessions.device_memory import DeviceArray, DeviceMemory, copy_all
+from mdf_sdk.sessions import Tensor
+from mdf_sdk.sessions.device_memory import CardBackend, DeviceArray, DeviceMemory, copy_all
 from mdf_sdk.sessions.kernel_cache import KernelCache
 
 if TYPE_CHECKING:  # no stubs come with it; a test makes some and checks this file with them
@@ -42,7 +42,6 @@ _INSTALL = {
     "tensorrt_rtx": "pip install 'mdf-mllm[tensorrt-rtx]'",
 }
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
-_ROWS_STEP = 32
 _BYTE: "np.dtype[Any]" = np.dtype(np.uint8)
 
 
@@ -61,22 +60,21 @@ def import_package(package: str) -> Any:
         ) from error
 
 
-class TensorRTBackend:
+class TensorRTBackend(CardBackend):
     """The plans of an engine for this card, of the first of PACKAGES that has them and runs them.
 
     `memory` may be of another kind in tests.
     """
 
     device = "tensorrt"
-    slots = 1
-    overlaps = True  # each session has a stream
 
     def __init__(self, engine_dir: Path, manifest: Manifest, memory: DeviceMemory) -> None:
         """Raises:
         BackendUnavailableError: no plans for this card, or no package that reads them.
         ManifestError: the plans do not make up the blocks.
         """
-        self._directory, self._blocks, self._memory = engine_dir, manifest.blocks, memory
+        super().__init__(memory)
+        self._directory, self._blocks = engine_dir, manifest.blocks
         self._trt, self._package, plans = _choose(manifest, memory)
         self._plans = {
             block: tuple(plan for plan in plans if plan.block == block) for block in BLOCKS
@@ -84,7 +82,6 @@ class TensorRTBackend:
         for block, its_plans in self._plans.items():
             _check_chain(block, manifest.blocks[block], its_plans)
         self.name = f"{self._package} {self._trt.__version__}"
-        self.card = memory.card
         self._cache = KernelCache(engine_dir)
         self._first_runs = threading.Lock()
 
@@ -102,19 +99,6 @@ class TensorRTBackend:
             (self._cache, kernels) if self._package == "tensorrt_rtx" else None,
             self._first_runs,
         )
-
-    def text_rows(self, rows: int) -> int:
-        return -(-rows // _ROWS_STEP) * _ROWS_STEP  # the engine cuts it at the longest prompt
-
-    def to_host(self, tensor: Tensor) -> Array:
-        return self._memory.to_host(tensor) if isinstance(tensor, DeviceArray) else tensor
-
-    def free_and_total_bytes(self) -> tuple[int, int]:
-        return self._memory.free_and_total_bytes()
-
-    def device_bytes(self) -> int:
-        free, total = self._memory.free_and_total_bytes()
-        return total - free
 
 
 @dataclass(frozen=True)
