@@ -28,6 +28,7 @@ def add_predict(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--picture", metavar="OUT", help="save photograph, mask and evidence side by side"
     )
+    _add_key(parser)
     _add_device_and_json(parser)
     parser.set_defaults(run=_predict)
 
@@ -48,11 +49,7 @@ def add_verify(subparsers: Subparsers) -> None:
         "verify", help="check an engine's files and its numbers on this machine"
     )
     parser.add_argument("engine", metavar="ENGINE", help="an engine directory")
-    parser.add_argument(
-        "--key",
-        metavar="PUBLIC",
-        help="refuse an engine that this Ed25519 key (PEM) has not signed",
-    )
+    _add_key(parser)
     _add_device_and_json(parser)
     parser.set_defaults(run=_verify)
 
@@ -84,6 +81,14 @@ def add_doctor(subparsers: Subparsers) -> None:
     parser.set_defaults(run=_doctor)
 
 
+def _add_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--key",
+        metavar="PUBLIC",
+        help="refuse an engine that this Ed25519 key (PEM) has not signed",
+    )
+
+
 def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="D", help="auto (default), tensorrt, cuda or cpu"
@@ -102,7 +107,7 @@ def _predict(args: argparse.Namespace) -> int:
     if wants_picture:
         check_picture_path(args.picture, args.image)
     image = args.image if args.frame is None else load_image(args.image, args.frame)
-    with MDFClassifier(args.engine, device=args.device) as classifier:
+    with MDFClassifier(args.engine, device=args.device, trusted_key=args.key) as classifier:
         prediction = classifier.predict(
             image,
             args.text,

@@ -152,6 +152,16 @@ def test_verify_with_a_key_refuses_the_unsigned(
     assert "mdf sign ENGINE --key" in error["message"]
 
 
+def test_predict_with_a_key_refuses_the_unsigned(
+    toy_engine: Path, key_pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(toy_engine), "eye.png", "--text", "58 years old", "--key", key_pair[1]]
+    assert main(["predict", *arguments, "--json"]) == 2
+    error = last_line(capsys)["error"]
+    assert isinstance(error, dict)
+    assert error["type"] == "SignatureError"
+
+
 @pytest.fixture
 def key_pair(tmp_path: Path) -> tuple[str, str]:
     """Paths of a private and its public key."""

@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import sys
 import time
 import warnings
@@ -447,3 +448,21 @@ def test_squaring_a_camera_photograph_takes_milliseconds(photograph: Picture) ->
         to_pixels(large, spec)
         times_s.append(time.perf_counter() - start)
     assert min(times_s) < 0.1  # 14 ms on an idle core; the bound only tells ms from s
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows forks no process")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_prepares_pixels_too(photograph: Picture) -> None:
+    expected = to_pixels(photograph, SPEC)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def child() -> None:
+        found = to_pixels(photograph, SPEC)
+        answers.put(all((a == b).all() for a, b in zip(found, expected, strict=True)))
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+    assert answers.get()
