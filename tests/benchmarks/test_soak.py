@@ -27,7 +27,7 @@ from mdf_benchmarks.soak_calls import Call, make_cases, plan_calls, refused_call
 from mdf_sdk import ClosedError, InputError, MDFClassifier, Prediction
 from mdf_sdk.cli import main
 
-SHORT = 0.02  # minutes
+SHORT = 0.1  # minutes: a caller makes one call of each kind first, evidence among them
 GRADIENT = (np.tile(np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 3)), "Blurred vision.")
 KINDS = {
     *("single", "same_image", "mask", "batch", "evidence", "impatient", "bad_input", "failing"),
@@ -205,7 +205,7 @@ def test_closed_is_an_answer_only_after_close(classifier: MDFClassifier) -> None
     def refuse(_: MDFClassifier) -> Any:
         raise ClosedError("closed")
 
-    judge, call = _Judge([], 0.0), Call("single", refuse, (0,))
+    judge, call = _Judge([]), Call("single", refuse, (0,))
     assert judge.ask(classifier, call) == "unexpected"
     judge.closing.set()
     assert judge.ask(classifier, call) == "closed"
