@@ -16,6 +16,7 @@ and the fingerprint that `mdf verify --key` prints is that of
 import hashlib
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -66,6 +67,8 @@ def sign_engine(
         unfinished.write_bytes(key.sign(data))
         unfinished.replace(path)
     except OSError as error:
+        with suppress(OSError):  # a surplus file would make the engine unusable
+            unfinished.unlink()
         raise StorageError(
             f"{path}: could not be written ({error.strerror}), expected room for 64 bytes and "
             "permission to write. Cure that, then sign again: mdf sign ENGINE --key PRIVATE.pem"

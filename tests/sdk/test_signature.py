@@ -1,4 +1,5 @@
 import base64
+import errno
 import os
 import shutil
 import subprocess
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdf_sdk import IntegrityError, ManifestError, SignatureError, load_manifest
+from mdf_sdk import (
+    IntegrityError,
+    ManifestError,
+    SignatureError,
+    check_files,
+    load_manifest,
+)
 from mdf_sdk.errors import InputError, MissingExtraError, StorageError
 
 pytest.importorskip("cryptography")
@@ -156,6 +163,22 @@ def test_a_signature_that_cannot_be_written_leaves_the_one_before(
     with pytest.raises(StorageError, match="mdf sign"):
         sign_engine(signed, path)
     load_manifest(signed, PUBLIC)
+
+
+def test_a_full_disk_leaves_nothing_that_would_make_the_engine_unusable(
+    signed: Path, private_key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_bytes
+
+    def fill(path: Path, data: bytes) -> int:
+        write(path, data[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill)
+        with pytest.raises(StorageError, match="No space left"):
+            sign_engine(signed, private_key)
+    check_files(signed, load_manifest(signed, PUBLIC))
 
 
 def pem(name: str) -> bytes:
