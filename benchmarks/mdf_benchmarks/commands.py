@@ -22,14 +22,19 @@ def add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--text-tokens", type=int, metavar="N", help="ask with clinical texts of so many tokens"
     )
     parser.add_argument("--quick", action="store_true", help="50 queries of each kind, not 1,024")
+    add_run_options(parser)
+    parser.set_defaults(run=run_benchmark)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that runs an engine."""
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--threads", type=int, help="CPU threads; the runtime's choice when left out"
+        "--threads", type=int, help="CPU threads of a call; the runtime's choice when left out"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document as the last line"
     )
-    parser.set_defaults(run=run_benchmark)
 
 
 def run_benchmark(args: argparse.Namespace) -> int:

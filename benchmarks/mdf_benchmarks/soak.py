@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mdf_benchmarks.memory import resident_bytes
 from mdf_benchmarks.soak_calls import EVIDENCE_CASES, Call, Case, make_cases, plan_calls
 from mdf_sdk import BusyError, ClosedError, InputError, MDFClassifier, Prediction
 from mdf_sdk.machine import machine_card
@@ -28,7 +29,6 @@ _TENTHS = 10
 _SAMPLE_S = 0.25
 _RESTING = 10  # percentile
 _OUTCOMES = ("right", "wrong", "refused", "busy", "closed", "unexpected")
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MemoryCourse:
     Attributes:
         tenths_bytes: for each tenth of the time, what is held when few calls are in flight: the
             10th percentile. A leak raises it like the median, which rises and falls with the calls
-            in flight and so with other programs' work (by 3 % on the machine of docs/results).
+            in flight and so with other programs' work.
         growth_share: from the second tenth, when all is warm, to the last.
         closed_bytes: after `close()`, without what the C library keeps for later where it can be
             told to give that back.
@@ -211,14 +211,6 @@ def soak(
         machine=machine_card(("mdf-mllm", "numpy")),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def resident_bytes() -> int | None:
-    """This process's resident set now; None where no file of the system tells it."""
-    if not _STATUS.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return 1024 * int(fields["VmRSS"].removesuffix("kB"))
 
 
 def _give_back() -> None:

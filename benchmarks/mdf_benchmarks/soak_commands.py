@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mdf_benchmarks.commands import add_run_options
+
 if TYPE_CHECKING:
     from mdf_benchmarks.soak import MemoryCourse, SoakReport
 
@@ -19,13 +21,7 @@ def add_soak(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--callers", type=int, default=8, metavar="N", help="threads that call at the same time"
     )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--threads", type=int, help="CPU threads of a call; the runtime's choice when left out"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    add_run_options(parser)
     parser.set_defaults(run=run_soak)
 
 

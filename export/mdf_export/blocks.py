@@ -161,6 +161,11 @@ def build_fusion(source: BlockSource, folder: Path | None) -> int:
     """Skips into vision states, then cross-attention keys and values (B, V, kv_width)."""
     model, loaded = source.checkpoint.model, source.checkpoint.loaded
     config = model.config
+    if config.fusion.query != "vision":
+        raise CheckpointError(
+            f"config.json, fusion, query: found {config.fusion.query!r}, expected 'vision', which "
+            "engines are built for. Train the model with that query"
+        )
     patches = model.backbone.model.vision_model.num_patches
     with source.builder("fusion", folder) as g:
         vision_states = g.input("vision_states", ("B", patches, config.text["hidden_size"]))
@@ -170,6 +175,8 @@ def build_fusion(source: BlockSource, folder: Path | None) -> int:
             side = config.image.unet_px >> (i + 1)
             # In the U-Net's type: on a card the tensors go from block to block as they are.
             skip = g.input(SKIPS[i], ("B", channels[i], side, side), "float32")
+            if not block.alpha:
+                continue
             skip = g.op("Cast", skip, to=DTYPES[g.float_type])
             with loaded(block), g.scope(f"fusion.{i}"):
                 states[layer] = _fuse(g, vision_states, skip, side, block)

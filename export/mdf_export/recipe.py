@@ -77,12 +77,12 @@ class ExportRecipe:
         return (self.quantizes and self.method == "gptq") or self.vision_precision == "fp8"
 
     def block_precision(self, block: str) -> Precision:
-        """What the manifest says of a block; the U-Net is float32 whatever the rest is."""
+        """What the manifest says of a block; the U-Net's weights stay float32."""
         if block in QUANTIZED_BLOCKS:
             return self.precision
         if block == "vision" and self.vision_precision is not None:
             return self.vision_precision
-        return "fp32"
+        return "fp32" if self.precision == "fp32" else "tf32"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

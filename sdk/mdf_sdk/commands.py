@@ -37,9 +37,7 @@ def add_info(subparsers: Subparsers) -> None:
     """Register `mdf info`."""
     parser = subparsers.add_parser("info", help="say what an engine is")
     parser.add_argument("engine", metavar="ENGINE", help="an engine directory")
-    parser.add_argument(
-        "--json", action="store_true", help="print a JSON document as the last line"
-    )
+    _add_json(parser)
     parser.set_defaults(run=_info)
 
 
@@ -61,9 +59,7 @@ def add_sign(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--key", required=True, metavar="PRIVATE", help="an Ed25519 private key (PEM)"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print a JSON document as the last line"
-    )
+    _add_json(parser)
     parser.set_defaults(run=_sign)
 
 
@@ -75,10 +71,14 @@ def add_doctor(subparsers: Subparsers) -> None:
     parser.add_argument(
         "engine", metavar="ENGINE", nargs="?", help="an engine directory to try them with"
     )
+    _add_json(parser)
+    parser.set_defaults(run=_doctor)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print a JSON document as the last line"
     )
-    parser.set_defaults(run=_doctor)
 
 
 def _add_key(parser: argparse.ArgumentParser) -> None:
@@ -93,9 +93,7 @@ def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="D", help="auto (default), tensorrt, cuda or cpu"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print a JSON document as the last line"
-    )
+    _add_json(parser)
 
 
 def _predict(args: argparse.Namespace) -> int:

@@ -31,7 +31,8 @@ FORMAT_VERSION = 3
 # A public key as PEM, or the path of a file with one.
 TrustedKey = str | os.PathLike[str] | bytes
 
-Precision = Literal["fp32", "fp16", "fp8", "int8", "int4"]
+# "tf32": float32, but a card may round what convolutions and products multiply to 10 bits.
+Precision = Literal["fp32", "tf32", "fp16", "fp8", "int8", "int4"]
 QuantizationMethod = Literal["none", "rtn", "gptq"]
 BLOCKS = ("vision", "unet_encoder", "fusion", "decoder", "unet_decoder")
 

@@ -14,6 +14,7 @@ KEPT_PHOTOGRAPHS = 2  # both eyes of a patient
 _IMAGE_BLOCKS = ("vision", "unet_encoder", "fusion")
 _BYTES_PER_WEIGHT: dict[Precision, float] = {  # integers with their scales, in blocks of 32
     "fp32": 4.0,
+    "tf32": 4.0,
     "fp16": 2.0,
     "fp8": 1.0,
     "int8": 1.0625,
@@ -40,10 +41,11 @@ class _Costs:
 
 
 # cpu: growth of resident memory, smol-135m and nano, ONNX Runtime 1.31.1 on two cores, 2026-11-22.
-# Not measured: fp8 on the CPU, taken as float32; cuda and tensorrt.
+# cuda: single cases of 11B, int4 and fp16, on an H100. Not measured: fp8 on the CPU, taken as
+# float32; tensorrt.
 _COSTS = {
     "cpu": _Costs(
-        weights={"fp32": 1.05, "fp16": 2.6, "fp8": 4.2, "int8": 1.9, "int4": 2.1},
+        weights={"fp32": 1.05, "tf32": 1.05, "fp16": 2.6, "fp8": 4.2, "int8": 1.9, "int4": 2.1},
         live=2.5,
         overhead_bytes=35_000_000,
         overhead="libraries",
@@ -52,7 +54,6 @@ _COSTS = {
     "cuda": _Costs(
         weights=dict.fromkeys(_BYTES_PER_WEIGHT, 1.0),
         live=1.0,
-        # 11B on an H100: int4 took 8.28 GB beside the context, fp16 21.6 GB.
         overhead_bytes=900_000_000,
         overhead="CUDA and its libraries",
     ),
@@ -67,7 +68,7 @@ _COSTS = {
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a device must have free for single cases; a batch multiplies the live tensors.
+    """What a device must have free; a batch is computed case by case.
 
     Attributes:
         device: "cpu", "cuda" or "tensorrt".
@@ -133,7 +134,8 @@ def plan_memory(
     costs = _COSTS[device]
     live = {}
     for name, block in blocks.items():
-        widening = 2 if costs.widens and block.precision != "fp32" else 1
+        narrow = _BYTES_PER_WEIGHT[block.precision] < 4
+        widening = 2 if costs.widens and narrow else 1
         live[name] = round(costs.live * widening * slots * block.activation_bytes)
     kept = [spec for name in _IMAGE_BLOCKS for spec in blocks[name].outputs]
     return MemoryPlan(
@@ -197,7 +199,7 @@ def _coarser(manifest: Manifest) -> tuple[Precision, ...]:
 def _in_precision(manifest: Manifest, precision: Precision, backend: Backend) -> MemoryPlan:
     """Estimate the same model in another precision from this engine's own bytes."""
     stored, blocks = dict(_stored_bytes(manifest, backend.device)), dict(manifest.blocks)
-    # As `mdf export` chooses by default; the U-Net is float32 in every engine.
+    # As `mdf export` chooses by default; the U-Net is stored as float32 in every engine.
     vision: Precision = "int8" if precision == "int4" else "fp16"
     for name, wanted in (("vision", vision), ("fusion", precision), ("decoder", precision)):
         block = blocks[name]

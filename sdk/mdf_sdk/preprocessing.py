@@ -37,7 +37,8 @@ _MAX_FRAMES = 1000  # Pillow follows the pages of a TIFF one by one
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "JPEG2000", "PPM")
 _EXPECTED = "expected a whole picture (JPEG, PNG, TIFF, BMP, WebP, JPEG 2000, PPM or DICOM)"
 _EXPECTED_SIZE = (
-    f"{MIN_SIDE_PX} to {MAX_SIDE_PX} px on each side and at most {MAX_PIXELS // 10**6} million"
+    f"{MIN_SIDE_PX} to {MAX_SIDE_PX} px on each side"
+    f" and at most {MAX_PIXELS // 10**6} million in all"
 )
 
 _THUMBNAIL_PX = 256

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mdf_sdk.errors import BackendRunError, BackendUnavailableError
+from mdf_sdk.errors import BackendRunError, BackendUnavailableError, DeviceMemoryError
 
 Array = npt.NDArray[Any]
 
@@ -208,6 +208,11 @@ class CudaMemory:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *values = getattr(self._runtime, name)(*arguments)
+        if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
+            raise DeviceMemoryError(
+                f"{name}: found too little free memory on {self.card}, expected what the engine "
+                "needs. See what uses the card: nvidia-smi. See the need: mdf info ENGINE"
+            )
         if status != 0:
             raise BackendRunError(
                 f"{name}: found {status.name}, expected success. Look at the card with nvidia-smi; "

@@ -18,8 +18,7 @@ from mdf_sdk.sessions.onnxruntime_load import (
     session_options,
 )
 
-# Or the threads of a block that is done spin on, and take the cores from the next: 199 ms became
-# 121 on two cores (docs/results/sdk-cpu.md).
+# Or the threads of a block that is done spin on, and take the cores from the next.
 _CONFIG = {"session.force_spinning_stop": "1"}
 
 

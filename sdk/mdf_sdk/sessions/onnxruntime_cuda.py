@@ -2,8 +2,7 @@
 
 A case is replayed as a CUDA graph: one launch for a block's hundreds of kernels. Its tensors have
 addresses of their own, one for each shape, and prompts are padded to few lengths. A batch is
-replayed case by case: at the 11B shape eight cases in one run were at most a quarter faster, for
-twice the memory.
+replayed case by case: at the 11B shape the card has enough to do with one.
 """
 
 import io
@@ -40,7 +39,6 @@ _PROVIDER_OPTIONS = {
         "enable_cuda_graph": "1",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",  # a search by timing differs from run to run
-        "use_tf32": "0",
     },
     "cpu": {},
 }
@@ -66,6 +64,7 @@ class OnnxRuntimeCuda(CardBackend):
         self._runtime = import_with_cuda() if memory.kind == "cuda" else import_onnxruntime("cpu")
         super().__init__(memory)
         self._directory, self._manifest = engine_dir, manifest
+        self._arrays: dict[tuple[str, tuple[int, ...]], DeviceArray] = {}
         self.name = f"onnxruntime {self._runtime.__version__}"
 
     def files(self, block: str) -> tuple[str, ...]:
@@ -81,9 +80,11 @@ class OnnxRuntimeCuda(CardBackend):
             spec,
             session_options(self._runtime, config),
             _PROVIDERS[self._memory.kind],
-            _PROVIDER_OPTIONS[self._memory.kind],
+            _provider_options(self._memory.kind, spec),
         )
-        opened = OnnxRuntimeCudaSession(self._runtime, block, session, spec, self._memory)
+        opened = OnnxRuntimeCudaSession(
+            self._runtime, block, session, spec, self._memory, self._arrays
+        )
         try:
             opened.capture()
         except BaseException:
@@ -116,10 +117,12 @@ class OnnxRuntimeCudaSession:
         session: Any,
         spec: BlockSpec,
         memory: DeviceMemory,
+        arrays: dict[tuple[str, tuple[int, ...]], DeviceArray],
     ) -> None:
+        """`arrays` holds the places of tensors by name and shape, shared by all blocks: what one
+        writes another reads, and only blocks without a tensor in common run at the same time."""
         self._runtime, self._block, self._session = runtime, block, session
-        self._spec, self._memory = spec, memory
-        self._arrays: dict[tuple[str, tuple[int, ...]], DeviceArray] = {}
+        self._spec, self._memory, self._arrays = spec, memory, arrays
         self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
         self._thread = ThreadPoolExecutor(1, f"mdf-{block}")
 
@@ -141,7 +144,8 @@ class OnnxRuntimeCudaSession:
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._bindings, self._arrays = {}, {}
+        self._bindings = {}
+        self._arrays.clear()
         self._session = None
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,7 +186,7 @@ class OnnxRuntimeCudaSession:
         return _Binding(inputs, outputs, bound, options)
 
     def _array(self, spec: TensorSpec, shape: tuple[int, ...]) -> DeviceArray:
-        """The tensor's place on the card, the same for all bindings in which it has this shape."""
+        """The tensor's place on the card, the same wherever it has this shape."""
         key = (spec.name, shape)
         if key not in self._arrays:
             self._arrays[key] = self._memory.empty(shape, np.dtype(spec.dtype))
@@ -207,6 +211,13 @@ def import_with_cuda() -> Any:
         runtime.preload_dlls()  # CUDA's and cuDNN's libraries from their own packages
     check_provider(runtime, _PROVIDERS["cuda"])
     return runtime
+
+
+def _provider_options(kind: str, spec: BlockSpec) -> dict[str, str]:
+    options = dict(_PROVIDER_OPTIONS[kind])
+    if kind == "cuda":
+        options["use_tf32"] = "1" if spec.precision == "tf32" else "0"
+    return options
 
 
 def _free_dimensions(declared: tuple[int | str, ...], actual: tuple[int, ...]) -> dict[str, int]:

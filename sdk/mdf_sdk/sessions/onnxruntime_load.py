@@ -103,6 +103,8 @@ def check_bindings(
 def mapped_errors(block: str, action: str) -> Iterator[None]:
     try:
         yield
+    except DeviceMemoryError:
+        raise
     except Exception as error:
         reason = _reason(error)
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
