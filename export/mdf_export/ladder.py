@@ -39,8 +39,9 @@ from mdf_training.cases import DataSet
 from mdf_training.checkpoint import checkpoint_digest
 from mdf_training.checkpoint_scorer import CheckpointScorer
 from mdf_training.data import open_data
-from mdf_training.evaluation import BATCH_SIZE, Proportion, Scorer
+from mdf_training.evaluation import BATCH_SIZE, Scorer
 from mdf_training.pixels import PixelSet, batches, stack_pixels
+from mdf_training.statistics import Proportion
 
 # Of these the tensors of every block and layer are compared; all cases are scored.
 TENSOR_CASES = 8

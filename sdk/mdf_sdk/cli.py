@@ -10,8 +10,16 @@ from importlib.metadata import entry_points
 from mdf_sdk.errors import MDFError
 
 _ORDER = (
+    "import-data",
+    "check-data",
+    "split",
     "train",
     "evaluate",
+    "train-cnn",
+    "baseline",
+    "ablate",
+    "scaling",
+    "card",
     "export",
     "compile",
     "predict",

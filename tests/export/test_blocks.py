@@ -1,6 +1,8 @@
 """mdf_export.blocks: every graph, run by ONNX Runtime, is the PyTorch model."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +13,20 @@ import onnxruntime
 import pytest
 import torch
 
+from mdf_export import build_engine
 from mdf_export.blocks import BlockSource, build_block, read_spec
 from mdf_export.calibration import QuantizedStore, calibrate
 from mdf_export.golden import reference_tensors
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
+from mdf_sdk.errors import CheckpointError
 from mdf_sdk.manifest import BLOCKS, BlockSpec
 from mdf_training.checkpoint import load_checkpoint, save_checkpoint
 from mdf_training.synthetic import SyntheticData
 
 # Largest relative L2 error of any block output on the tiny checkpoint, rounded to nearest. Measured
 # on two CPU cores: fp32 4e-7; fp16 8e-4; int8 2e-2; fp8 2e-3; int4 1.4e-1 (fusion), 9e-2 (decoder).
-TOLERANCE = {"fp32": 1e-4, "fp16": 3e-3, "int8": 3e-2, "fp8": 1e-2, "int4": 2e-1}
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-4, "fp16": 3e-3, "int8": 3e-2, "fp8": 1e-2, "int4": 2e-1}
 RECIPES = {
     "fp32": ExportRecipe("fp32"),
     "fp16": ExportRecipe("fp16"),
@@ -115,6 +119,41 @@ def test_a_block_gives_what_pytorch_gives(
         assert found.shape == expected.shape
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
         assert error <= TOLERANCE[spec.precision], name
+
+
+@pytest.fixture
+def unfused(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint with its fusion and FiLM switched off, their weights as random."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "unfused")
+    config = json.loads((folder / "config.json").read_text())
+    config["fusion"] |= {"depths": [], "film": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_engine_without_fusion_is_the_pytorch_model_without_it(
+    unfused: Path, tmp_path: Path, references: dict[str, Tensors], precision: str
+) -> None:
+    images, texts = CASES["batch"]
+    data = SyntheticData(5, 77)
+    checkpoint = StreamedCheckpoint.open(unfused)
+    tensors = reference_tensors(checkpoint, [data[i].image for i in images], texts)
+    engine = build_engine(unfused, tmp_path / "engine", precision)
+    for name in BLOCKS:
+        for output, value in run_block(tmp_path / "engine", engine.blocks[name], tensors).items():
+            error = np.linalg.norm(value - tensors[output]) / np.linalg.norm(tensors[output])
+            assert error < TOLERANCE[precision], (name, output)
+    assert not np.allclose(tensors["scores"], references["batch"]["scores"], atol=1e-3)
+    assert not np.allclose(tensors["mask"], references["batch"]["mask"], atol=1e-3)
+
+
+def test_no_engine_is_built_of_a_model_whose_skips_ask(unfused: Path, tmp_path: Path) -> None:
+    config = json.loads((unfused / "config.json").read_text())
+    config["fusion"] |= {"depths": [0, 1, 2, 3], "query": "skip"}
+    (unfused / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="query: found 'skip', expected 'vision'"):
+        build_engine(unfused, tmp_path / "engine", "fp32")
 
 
 def test_the_tolerances_can_fail(

@@ -6,20 +6,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForC
 
 from mdf_sdk.errors import CheckpointError
 from mdf_training.backbone import (
+    TILE_TABLES,
     CrossAttentionFeed,
     build_backbone,
     graft_llama,
     load_smollm2,
-    slice_tile_tables,
+    slice_tile_table,
 )
 from mdf_training.config import load_preset
 from mdf_training.model import build_model
-
-FOUR_TILE_TABLES = {
-    "model.vision_model.gated_positional_embedding.tile_embedding.weight",
-    "model.vision_model.pre_tile_positional_embedding.embedding.weight",
-    "model.vision_model.post_tile_positional_embedding.embedding.weight",
-}
 
 
 def test_llama_preset_has_transformers_parameters_but_for_the_tile_tables() -> None:
@@ -36,7 +31,7 @@ def test_llama_preset_has_transformers_parameters_but_for_the_tile_tables() -> N
     found = {name: tuple(p.shape) for name, p in ours.named_parameters()}
     expected = {name: tuple(p.shape) for name, p in stock.named_parameters()}
     assert found.keys() == expected.keys()
-    assert {name for name in found if found[name] != expected[name]} == FOUR_TILE_TABLES
+    assert {name for name in found if found[name] != expected[name]} == set(TILE_TABLES)
     assert sum(p.numel() for p in stock.parameters()) == 10_670_220_835  # as the published weights
 
 
@@ -66,7 +61,9 @@ def test_sliced_tables_are_the_one_tile_models_shapes_and_the_square_ratios_valu
         for name, parameter in models[4].named_parameters():
             if "tile" in name or name.endswith("gate"):
                 parameter.normal_()
-    models[1].load_state_dict(slice_tile_tables(models[4].state_dict(), hidden_size=32))
+    state = models[4].state_dict()
+    sliced = {name: slice_tile_table(state[name], tiles=4) for name in TILE_TABLES}
+    models[1].load_state_dict(state | sliced)
 
     one = torch.ones(1, 1, dtype=torch.long)
     with torch.no_grad():

@@ -1,16 +1,24 @@
 """mdf_training.checkpoint: what is saved is what is loaded, and nothing else is."""
 
 import json
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mdf_sdk.errors import CheckpointError
+from mdf_sdk.errors import CheckpointError, StorageError
 from mdf_training import checkpoint as checkpoint_module
-from mdf_training.checkpoint import checkpoint_digest, load_checkpoint, save_checkpoint
+from mdf_training.checkpoint import (
+    TensorFiles,
+    checkpoint_digest,
+    load_checkpoint,
+    recover_checkpoint,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -120,7 +128,72 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_module, "_write_json", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         save_checkpoint(copy, checkpoint)
+    assert checkpoint_digest(copy) == before
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file of this process may grow beyond 100 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(
+    copy: Path, full_disk: None
+) -> None:
+    before = checkpoint_digest(copy)
+    checkpoint = load_checkpoint(copy)
+    with pytest.raises(StorageError, match=r"That one is kept.*--resume"):
+        save_checkpoint(copy, checkpoint)
+    assert checkpoint_digest(copy) == before
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+def test_further_tensors_come_back_by_their_files_stem(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "MAX_SHARD_SIZE", "1MB")
+    moments = {
+        "a.step": torch.tensor(3.0),
+        "a.exp_avg": torch.arange(300_000.0),
+        "b.exp_avg": torch.ones(2, 200_000),
+    }
+    save_checkpoint(
+        tmp_path / "out", load_checkpoint(tiny_checkpoint), tensors={"optimizer": moments}
+    )
+    assert len(list((tmp_path / "out").glob("optimizer-*.safetensors"))) > 1
+    files = TensorFiles(tmp_path / "out", "optimizer")
+    assert files.shapes == {name: list(t.shape) for name, t in moments.items()}
+    for name, expected in moments.items():
+        found = torch.zeros_like(expected)
+        files.read_into(found, name)
+        assert torch.equal(found, expected)
+        assert torch.equal(files[name], expected)
+    load_checkpoint(tmp_path / "out")  # they are none of the model's
+
+
+def test_what_a_kill_between_two_renames_took_away_is_put_back(copy: Path) -> None:
+    before = checkpoint_digest(copy)
+    old, partial = copy.parent / f".{copy.name}.x.old", copy.parent / f".{copy.name}.y.partial"
+    old.mkdir()
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    copy.rename(old / copy.name)
+    recover_checkpoint(copy)
+    assert checkpoint_digest(copy) == before
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+def test_a_checkpoint_in_its_place_is_kept_and_the_older_one_goes(copy: Path) -> None:
+    before = checkpoint_digest(copy)
+    old = copy.parent / f".{copy.name}.x.old" / copy.name
+    shutil.copytree(copy, old)
+    (old / "config.json").write_text("{}")
+    recover_checkpoint(copy)
     assert checkpoint_digest(copy) == before
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]

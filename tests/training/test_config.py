@@ -1,11 +1,13 @@
 """mdf_training.config: a label set of the user's own changes the prompt, the presets' stay."""
 
+import dataclasses
+import json
 from typing import Any
 
 import pytest
 
-from mdf_sdk.errors import InputError
-from mdf_training.config import PRESETS, load_preset, set_task
+from mdf_sdk.errors import CheckpointError, InputError
+from mdf_training.config import PRESETS, ModelConfig, load_preset, set_task
 
 DISEASES = ("healthy", "diabetic retinopathy", "age-related macular degeneration")
 CHOICE = "healthy, diabetic retinopathy or age-related macular degeneration"
@@ -50,3 +52,45 @@ def test_labels_that_no_model_can_tell_apart_are_refused(labels: Any) -> None:
 def test_a_model_without_a_mask_kind_is_refused() -> None:
     with pytest.raises(InputError, match="mask_kinds: found"):
         set_task(load_preset("nano"), DISEASES, ())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_json_gives_the_same_config(preset: str) -> None:
+    config = load_preset(preset)
+    fusion = dataclasses.replace(config.fusion, depths=(0, 2), film=False, query="skip", alpha=2)
+    config = dataclasses.replace(config, fusion=fusion)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_from_before_the_variants_fuses_every_skip_both_ways() -> None:
+    values = load_preset("nano").to_dict()
+    for name in ("depths", "film", "query"):
+        del values["fusion"][name]
+    fusion = ModelConfig.from_dict(values).fusion
+    assert (fusion.depths, fusion.film, fusion.query) == ((0, 1, 2, 3), True, "vision")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"depths": [4]},
+        {"depths": [1, 0]},
+        {"depths": [1, 1]},
+        {"depths": 3},
+        {"depths": [True]},
+        {"film": "no"},
+        {"query": "unet"},
+        {"query": ["vision"]},
+        {"alpha": float("nan")},
+        {"alpha": "1"},
+    ],
+    ids=str,
+)
+def test_a_fusion_that_no_model_has_is_refused(field: dict[str, Any]) -> None:
+    values = load_preset("nano").to_dict()
+    values["fusion"] |= field
+    with pytest.raises(CheckpointError, match=f"fusion, {next(iter(field))}: found .*, expected"):
+        ModelConfig.from_dict(values)
+    fusion = load_preset("nano").fusion
+    with pytest.raises(InputError, match=f"fusion, {next(iter(field))}: found"):
+        dataclasses.replace(fusion, **field)

@@ -3,8 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from mdf_sdk.errors import DataError, InputError
@@ -13,10 +11,11 @@ from mdf_training.data import (
     COLUMNS,
     FolderData,
     check_data,
+    drop_broken,
     open_data,
     save_data,
-    split_by_patient,
 )
+from mdf_training.splits import save_split
 from mdf_training.synthetic import SyntheticData
 
 
@@ -236,42 +235,62 @@ def test_a_malformed_synthetic_spec_is_a_data_error(spec):
         open_data(spec)
 
 
-class Rows:
-    """A data set that has rows only."""
-
-    def __init__(self, patients_and_labels):
-        self.rows = [
-            Row(f"{i}.png", label, "text", patient, "s")
-            for i, (patient, label) in enumerate(patients_and_labels)
-        ]
+def save_folder(folder: Path, cases: int) -> Path:
+    save_data(SyntheticData(cases, seed=3), folder)
+    return folder
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from("abcdefghij"), st.sampled_from("XY")), min_size=1),
-    st.floats(0.01, 0.99),
-    st.integers(0, 99),
-)
-def test_a_split_puts_every_case_on_one_side_and_no_patient_on_both(cases, fraction, seed):
-    data = Rows(cases)
-    train, held = split_by_patient(data, fraction, seed)
-    assert sorted(train + held) == list(range(len(cases)))
-    assert not {cases[i][0] for i in train} & {cases[i][0] for i in held}
-    assert (train, held) == split_by_patient(data, fraction, seed)
+def break_files(folder: Path) -> list[str]:
+    """Break picture 1 and a mask of case 3; return the files of the two cases."""
+    for name in ("images/00001.png", "masks/00003-vessel.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:200])
+    return ["images/00001.png", "images/00003.png"]
 
 
-def test_a_split_keeps_the_share_of_a_rare_label():
-    data = Rows([(f"p{i}", "rare" if i < 20 else "common") for i in range(200)])
-    _, held = split_by_patient(data, 0.25, seed=0)
-    assert sum(i < 20 for i in held) == 5
-    assert sum(i >= 20 for i in held) == 45
+def test_all_broken_pictures_and_masks_are_named_in_one_error(tmp_path):
+    folder = save_folder(tmp_path / "data", 5)
+    break_files(folder)
+    with pytest.raises(DataError, match=r"2 of 5 cases cannot be read; .*--skip-broken") as caught:
+        drop_broken(open_data(folder), skip=False)
+    assert "row 3, column file" in str(caught.value)
+    assert "row 5, column mask" in str(caught.value)
 
 
-def test_another_seed_splits_otherwise():
-    data = Rows([(f"p{i}", "X") for i in range(50)])
-    assert split_by_patient(data, 0.5, seed=0) != split_by_patient(data, 0.5, seed=1)
+def test_broken_cases_are_left_out_on_request_and_named(tmp_path):
+    folder = save_folder(tmp_path / "data", 5)
+    files = break_files(folder)
+    data, skipped = drop_broken(open_data(folder), skip=True)
+    assert list(skipped) == files
+    assert [row.file[-5] for row in data.rows] == ["0", "2", "4"]
+    assert open_data(folder, skip_broken=True).rows == data.rows
+    assert_same_case(data[1], SyntheticData(5, seed=3)[2])
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, float("nan")])
-def test_a_split_needs_a_fraction_between_0_and_1(fraction):
-    with pytest.raises(ValueError, match="expected a number between 0 and 1"):
-        split_by_patient(Rows([("p", "X")]), fraction, seed=0)
+def test_a_data_set_of_broken_pictures_alone_is_refused(folder):
+    (folder / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="1 of 1 cases cannot be read"):
+        drop_broken(open_data(folder), skip=True)
+
+
+def test_a_part_of_a_split_holds_its_cases_alone(tmp_path):
+    data = SyntheticData(4, seed=3)
+    save_split(tmp_path / "split.csv", data.rows, ["train", "test", "validation", "test"])
+    tested = open_data("synthetic:4:3", split=tmp_path / "split.csv", part="test")
+    assert tested.rows == (data.rows[1], data.rows[3])
+    assert_same_case(tested[1], data[3])
+    both = open_data("synthetic:4:3", split=tmp_path / "split.csv", part=("train", "validation"))
+    assert both.rows == (data.rows[0], data.rows[2])
+
+
+def test_a_part_that_the_split_does_not_have_is_refused(tmp_path):
+    save_split(tmp_path / "split.csv", SyntheticData(2, seed=3).rows, ["train", "test"])
+    with pytest.raises(
+        DataError, match="found no case in tset, expected one of its parts test, tr"
+    ):
+        open_data("synthetic:2:3", split=tmp_path / "split.csv", part="tset")
+
+
+@pytest.mark.parametrize("half", [{"split": "split.csv"}, {"part": "test"}])
+def test_a_split_without_a_part_or_a_part_without_a_split_is_refused(half):
+    with pytest.raises(InputError, match="expected both or neither"):
+        open_data("synthetic:2:3", **half)

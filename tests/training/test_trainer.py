@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 from mdf_sdk.errors import CheckpointError, DataError, InputError
 from mdf_training import trainer as trainer_module
 from mdf_training.checkpoint import load_checkpoint
+from mdf_training.config import load_preset
 from mdf_training.data import save_data
 from mdf_training.model import build_model
 from mdf_training.recipes import RECIPES, Recipe
+from mdf_training.schedule import freeze
 from mdf_training.synthetic import SyntheticData
 from mdf_training.trainer import (
     build_optimizer,
+    dice_scores,
     fit_temperature,
     open_gates,
     segmentation_loss,
@@ -47,6 +50,131 @@ def test_the_same_seed_gives_the_same_run_to_the_last_digit(
     again = train("nano", DATA, tmp_path / "again", recipe=RECIPE)
     assert again["history"] == provenance["history"]
     assert same_tensors(out, tmp_path / "again")
+
+
+def run_until(stop: int, out: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
+    """Train, or go on, and be interrupted after as many epochs."""
+    run_epoch = trainer_module._Trainer.run_epoch
+
+    def interrupt(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
+        if epoch == stop:
+            raise KeyboardInterrupt
+        return run_epoch(self, epoch, indices)
+
+    with patch.context() as patched:
+        patched.setattr(trainer_module._Trainer, "run_epoch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train("nano", "synthetic:16:1", out, recipe=recipe, resume=out.exists())
+
+
+# With rates this high the U-Net's own loss stops to fall at once.
+POLICIES = {
+    "stop_parts": Recipe(
+        epochs=4, batch_size=8, validation=0.5, policy="stop_parts", patience=1, unet_lr=0.3, seed=5
+    ),
+    "in_step": Recipe(epochs=3, batch_size=8, policy="in_step", augment=0.5, seed=5),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policys_resumed_run_equals_the_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    recipe = POLICIES[policy]
+    unbroken = train("nano", "synthetic:16:1", tmp_path / "unbroken", recipe=recipe)
+    history = unbroken["history"]
+    if policy == "stop_parts":  # once before anything stopped, once behind it
+        first = next(i for i, epoch in enumerate(history) if epoch["stopped"])
+        assert len(history) > first + 1
+        interruptions = [first, first + 1]
+    else:
+        interruptions = [2]
+        rates = [epoch["learning_rates"] for epoch in history]
+        ratios = [rate["unet_decoder"] / rate["language"] for rate in rates]
+        assert ratios[0] == pytest.approx(2)  # as the recipe has them
+        assert ratios[1] != pytest.approx(2)
+    out = tmp_path / "interrupted"
+    for stop in interruptions:
+        run_until(stop, out, recipe, monkeypatch)
+    resumed = train("nano", "synthetic:16:1", out, recipe=recipe, resume=True)
+    assert resumed["history"] == history
+    assert resumed["final"] == unbroken["final"]
+    assert same_tensors(tmp_path / "unbroken", out)
+
+
+def test_a_frozen_part_stays_as_it_is_and_the_rest_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(epochs=1, batch_size=16, frozen=("unet", "language"))
+    before: dict[str, torch.Tensor] = {}
+    run_epoch = trainer_module._Trainer.run_epoch
+
+    def look(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
+        before.update({name: t.clone() for name, t in self.model.state_dict().items()})
+        losses = run_epoch(self, epoch, indices)
+        trained = {id(p) for p in self.optimizer.state}
+        assert trained == {id(p) for p in self.model.parameters() if p.requires_grad}
+        return losses
+
+    monkeypatch.setattr(trainer_module._Trainer, "run_epoch", look)
+    train("nano", "synthetic:16:1", tmp_path / "out", recipe=recipe)
+    after = load_checkpoint(tmp_path / "out").model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    frozen = ("unet.", "backbone.model.language_model.", "backbone.lm_head.")
+    assert not [name for name in changed if name.startswith(frozen)]
+    for prefix in ("fusion.", "film.", "backbone.model.vision_model."):
+        assert any(name.startswith(prefix) for name in changed), prefix
+
+
+def test_a_recipe_that_leaves_nothing_to_train_is_refused() -> None:
+    model = build_model("nano")
+    for part in ("unet", "vision", "language", "fusion"):
+        freeze(model.parts()[part])
+    with pytest.raises(InputError, match="no parameter to train beside the frozen unet"):
+        build_optimizer(model, Recipe(frozen=("unet",)))
+
+
+def test_training_without_fusion_leaves_its_weights_alone(tmp_path: Path) -> None:
+    fusion = dataclasses.replace(load_preset("nano").fusion, depths=(1,), film=False)
+    recipe = Recipe(epochs=1, batch_size=16, gates=0.5)
+    train("nano", "synthetic:16:1", tmp_path / "out", recipe=recipe, fusion=fusion)
+    model = load_checkpoint(tmp_path / "out").model
+    assert model.config.fusion == fusion
+    gates = [block.gate.item() for block in model.fusion]
+    assert gates[0] == gates[2] == gates[3] == 0.5 != gates[1]
+    assert not any(film.proj.weight.any() for film in model.film)
+
+
+def test_the_history_tells_both_losses_the_dice_and_the_rates(
+    unbroken: tuple[Path, dict[str, Any]],
+) -> None:
+    out, provenance = unbroken
+    last = provenance["history"][-1]
+    assert last["validation_mask_loss"] > 0
+    assert set(last["validation_dice"]) == {"vessel", "lesion", "disc"}
+    assert all(0 <= dice <= 1 for dice in last["validation_dice"].values())
+    assert set(last["learning_rates"]) == {
+        *("unet_encoder", "unet_decoder", "fusion", "vision", "cross_attention", "language")
+    }
+    assert last["stopped"] == []
+    assert provenance["final"]["validation_loss"] == last["validation_loss"]
+    assert (out / "history.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_augmented_pictures_make_another_run(
+    unbroken: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1, augment=1.0)
+    augmented = train("nano", DATA, tmp_path / "augmented", recipe=recipe)
+    assert augmented["history"][0]["mask_loss"] != unbroken[1]["history"][0]["mask_loss"]
+
+
+def test_dice_is_one_for_the_same_mask_and_for_none_at_all() -> None:
+    masks = torch.zeros(1, 3, 4, 4)
+    masks[0, 1, :2] = masks[0, 2, :2] = 1
+    logits = torch.full_like(masks, -1.0)
+    logits[0, 1, :2] = logits[0, 2, 1:3] = 1
+    assert dice_scores(logits, masks).tolist() == [[1.0, 1.0, 0.5]]
 
 
 def test_gates_start_where_the_recipe_says_and_nothing_else_moves() -> None:
@@ -110,6 +238,7 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
         "preset": "nano",
         "labels": ["Acquired", "Inherited"],
         "mask_kinds": ["vessel", "lesion", "disc"],
+        "fusion": dataclasses.asdict(load_preset("nano").fusion),
         "data": DATA,
         "unet_weights": None,
         "recipe": dataclasses.asdict(one_of_two),
@@ -292,18 +421,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
     with pytest.raises(CheckpointError, match="epoch 2, step 1: found the loss nan"):
         train("nano", DATA, tmp_path / "run", recipe=RECIPE)
     assert len(load_checkpoint(tmp_path / "run").provenance["history"]) == 1
-
-
-def test_the_learning_rate_rises_and_falls_to_zero() -> None:
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW([{"params": model.parameters(), "peak_lr": 2.0}])
-    trainer = trainer_module._Trainer.__new__(trainer_module._Trainer)
-    trainer.recipe, trainer.optimizer = Recipe(warmup=0.1), optimizer
-    rates = []
-    for step in (0, 9, 10, 55, 99):
-        trainer._set_learning_rates(step, 100)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.2, 2.0, 2.0, 1.0, 0.0], abs=1e-3)
 
 
 def test_grafted_layers_learn_at_their_own_rate() -> None:

@@ -84,6 +84,18 @@ def test_efficientnet_lite0_gives_timms_own_features(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("naming", ["timm", "efficientnet_pytorch"])
+def test_a_network_with_a_head_gets_all_of_it_but_the_classes(
+    lite0: dict[str, Tensor], naming: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(lite0 if naming == "timm" else as_efficientnet_pytorch(lite0), path)
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    load_unet_weights(network, path)
+    assert "conv_head.weight" in network.state_dict()
+    assert all(torch.equal(t, lite0[name]) for name, t in network.state_dict().items())
+
+
 def test_torchvisions_resnet50_reaches_every_tensor_of_the_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = distinct(resnet50().state_dict())

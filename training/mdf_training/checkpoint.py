@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mdf_sdk.errors import CheckpointError
+from mdf_sdk.errors import CheckpointError, StorageError
 from mdf_sdk.prompt import PromptEncoder
 from mdf_sdk.staging import staged_directory
 from mdf_training.config import ModelConfig
+from mdf_training.distributed import local_rows, whole
 from mdf_training.model import MDFModel, build_model
 
 CONFIG, TOKENIZER, PROVENANCE = "config.json", "tokenizer.json", "provenance.json"
@@ -52,21 +55,44 @@ def save_checkpoint(
     checkpoint: Checkpoint,
     *,
     extra: Mapping[str, bytes] | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a checkpoint; one that stands in `folder` already is replaced only by a complete one.
+
+    Of a sharded model, every process calls it and the first one writes: the same files, whatever
+    the number of processes, with MAX_SHARD_SIZE and one tensor more in memory at a time.
 
     Args:
         folder: the checkpoint directory.
         checkpoint: what to write.
-        extra: further files by name, such as the optimizer's state for a later resume.
+        extra: further files by name, such as the run's settings for a later resume.
+        tensors: further tensors by the stem of their files, such as the optimizer's state.
+
+    Raises:
+        StorageError: the disk is full, or cannot be written to.
     """
-    with staged_directory(Path(folder), replace=True) as staging:
-        save_torch_state_dict(checkpoint.model.state_dict(), staging, max_shard_size=MAX_SHARD_SIZE)
-        _write_json(staging / CONFIG, checkpoint.config.to_dict())
-        _write_json(staging / PROVENANCE, checkpoint.provenance)
-        (staging / TOKENIZER).write_text(checkpoint.tokenizer_json, encoding="utf-8")
-        for name, content in (extra or {}).items():
-            (staging / name).write_bytes(content)
+    stems = {"model": checkpoint.model.state_dict(), **(tensors or {})}
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        for stem, named in stems.items():
+            for names in _plan_files(stem, named).filename_to_tensors.values():
+                for name in names:
+                    whole(named[name])
+        return
+    folder = Path(folder)
+    try:
+        with staged_directory(folder, replace=True) as staging:
+            for stem, named in stems.items():
+                _write_tensors(staging, stem, named)
+            _write_json(staging / CONFIG, checkpoint.config.to_dict())
+            _write_json(staging / PROVENANCE, checkpoint.provenance)
+            (staging / TOKENIZER).write_text(checkpoint.tokenizer_json, encoding="utf-8")
+            for name, content in (extra or {}).items():
+                (staging / name).write_bytes(content)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{folder}: could not be written ({error}), expected room for a whole checkpoint "
+            "beside the last one. That one is kept: make room, then mdf train ... --resume"
+        ) from error
 
 
 def load_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -77,12 +103,34 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """
     folder = Path(folder)
     model = build_configured_model(folder)
+    load_weights(model, folder)
+    return Checkpoint(model.eval(), read_tokenizer(folder), read_provenance(folder))
+
+
+@torch.no_grad()
+def load_weights(model: MDFModel, folder: Path) -> None:
+    """Read a checkpoint's tensors into its model; into a sharded one, each process its own rows.
+
+    Raises:
+        CheckpointError: its tensors are not the model's, with their names.
+    """
     expected = model.state_dict()
     tensors = CheckpointTensors(folder, expected)
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(tensors[name])
-    return Checkpoint(model.eval(), read_tokenizer(folder), read_provenance(folder))
+    for name, tensor in expected.items():
+        tensors.read_into(tensor, name)
+
+
+def recover_checkpoint(folder: Path) -> None:
+    """Clear away what a run that was killed while it saved has left beside its checkpoint.
+
+    Saving renames the last checkpoint, then the new one; between the two, neither has its name.
+    """
+    for old in folder.parent.glob(f".{folder.name}.*.old/{folder.name}"):
+        if not folder.exists():
+            old.replace(folder)
+        shutil.rmtree(old.parent)
+    for partial in folder.parent.glob(f".{folder.name}.*.partial"):
+        shutil.rmtree(partial)
 
 
 def build_configured_model(folder: Path) -> MDFModel:
@@ -101,8 +149,61 @@ def build_configured_model(folder: Path) -> MDFModel:
         ) from error
 
 
-class CheckpointTensors:
-    """The tensors of a checkpoint by name, each read from disk when it is asked for."""
+class TensorFiles:
+    """The tensors of the files `STEM*.safetensors` by name, each read when it is asked for.
+
+    Attributes:
+        shapes: by name.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        """Find every tensor; reads the files' headers alone.
+
+        Raises:
+            CheckpointError: one is no safetensors file.
+        """
+        self._files: dict[str, Path] = {}
+        self.shapes: dict[str, list[int]] = {}
+        for path in sorted(folder.glob(f"{stem}*.safetensors")):
+            with _open_shard(path) as shard:
+                for name in shard.keys():  # noqa: SIM118
+                    self._files[name] = path
+                    self.shapes[name] = shard.get_slice(name).get_shape()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor as it is stored.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity, or cannot be read.
+        """
+        return self._read(name, None)
+
+    @torch.no_grad()
+    def read_into(self, target: Tensor, name: str) -> None:
+        """Fill a tensor of the stored one's shape: of a sharded one, this process's rows alone.
+
+        Raises:
+            CheckpointError: as `tensors[name]` does.
+        """
+        local, rows = local_rows(target)
+        if local.numel():
+            local.copy_(self._read(name, None if local is target else rows))
+
+    def _read(self, name: str, rows: slice | None) -> Tensor:
+        path = self._files[name]
+        with _open_shard(path) as shard:  # closed each time: an open one keeps its pages in memory
+            tensor: Tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
+        # NaN and infinity both reach the extremes; isfinite would copy the tensor thrice.
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise CheckpointError(
+                f"{path}: found NaN or infinity in {name}, expected finite weights. Copy the "
+                "checkpoint again, or go back to an earlier one."
+            )
+        return tensor
+
+
+class CheckpointTensors(TensorFiles):
+    """A checkpoint's model tensors, which are a model's own by name and shape."""
 
     def __init__(self, folder: Path, expected: Mapping[str, Tensor]) -> None:
         """Find every tensor; reads the shards' headers alone.
@@ -115,13 +216,8 @@ class CheckpointTensors:
             CheckpointError: a tensor is missing, unknown or of another shape, with its name; or a
                 shard is no safetensors file.
         """
-        self._shards: dict[str, Path] = {}
-        shapes: dict[str, list[int]] = {}
-        for path in sorted(folder.glob("model*.safetensors")):
-            with _open_shard(path) as shard:
-                for name in shard.keys():  # noqa: SIM118
-                    self._shards[name] = path
-                    shapes[name] = shard.get_slice(name).get_shape()
+        super().__init__(folder, "model")
+        shapes = self.shapes
         problems = [f"missing {name}" for name in expected if name not in shapes]
         problems += [f"unknown {name}" for name in shapes if name not in expected]
         problems += [
@@ -135,23 +231,6 @@ class CheckpointTensors:
                 f"{folder}: the tensors do not fit config.json: {'; '.join(problems[:10])}{more}. "
                 "Copy the checkpoint again, or train it with `mdf train`."
             )
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read a tensor as it is stored.
-
-        Raises:
-            CheckpointError: it holds NaN or infinity, or cannot be read.
-        """
-        path = self._shards[name]
-        with _open_shard(path) as shard:  # closed each time: an open one keeps its pages in memory
-            tensor: Tensor = shard.get_tensor(name)
-        # NaN and infinity both reach the extremes; isfinite would copy the tensor thrice.
-        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
-            raise CheckpointError(
-                f"{path}: found NaN or infinity in {name}, expected finite weights. Copy the "
-                "checkpoint again, or go back to an earlier one."
-            )
-        return tensor
 
 
 def read_tokenizer(folder: Path) -> str:
@@ -211,3 +290,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _plan_files(stem: str, tensors: Mapping[str, Tensor]) -> StateDictSplit:
+    """Say which file holds which tensors: `STEM.safetensors`, or shards of MAX_SHARD_SIZE."""
+    shapes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
+    return split_torch_state_dict_into_shards(
+        shapes, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=MAX_SHARD_SIZE
+    )
+
+
+def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    plan = _plan_files(stem, tensors)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: whole(tensors[name]).cpu().contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / f"{stem}.safetensors.index.json", index)

@@ -7,11 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mdf_sdk.preprocessing import to_pixels
 from mdf_sdk.prompt import PromptEncoder
 from mdf_training.checkpoint import load_checkpoint
 from mdf_training.model import MDFModel, PromptTensors
 
-Scores = npt.NDArray[np.float32]
+Float32 = npt.NDArray[np.float32]
+Scores = Float32
 
 
 class CheckpointScorer:
@@ -22,12 +24,15 @@ class CheckpointScorer:
         self._device = next(model.parameters()).device
         self.labels = encoder.labels
         self.image = model.config.image
+        self.temperature = model.config.temperature
+        self.mask_kinds = model.config.mask_kinds
 
     @classmethod
     def open(cls, folder: Path) -> "CheckpointScorer":
-        """Load a checkpoint directory."""
+        """Load a checkpoint directory, onto a card where there is one."""
         checkpoint = load_checkpoint(folder)
-        return cls(checkpoint.model, checkpoint.prompt_encoder())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(checkpoint.model.to(device), checkpoint.prompt_encoder())
 
     @torch.inference_mode()
     def score(
@@ -51,9 +56,32 @@ class CheckpointScorer:
         zeros = torch.zeros(len(texts), tokens, width, device=self._device)
         return self._decode(dict.fromkeys(config.text["cross_attention_layers"], zeros), texts)
 
-    def _decode(self, states: dict[int, torch.Tensor], texts: Sequence[str]) -> Scores:
+    @torch.inference_mode()
+    def segment(self, image: npt.NDArray[np.uint8], text: str) -> Float32:
+        """Segment a photograph uint8 (H, W, 3): probabilities (M, U, U)."""
+        tower, unet = (
+            torch.from_numpy(p)[None].to(self._device) for p in to_pixels(image, self.image)
+        )
+        logits = self._model(tower, unet, self._prompt([text])).mask_logits[0]
+        masks: Float32 = logits.sigmoid().cpu().numpy()
+        return masks
+
+    @torch.inference_mode()
+    def features(self, tower_pixels: Float32, unet_pixels: Float32) -> Float32:
+        """Pool vision states, skips and bottleneck over their places: (B, F)."""
+        tower, unet = (torch.from_numpy(p).to(self._device) for p in (tower_pixels, unet_pixels))
+        skips, bottleneck = self._model.encode_unet(unet)
+        maps = [m.mean(dim=(2, 3)) for m in (*skips, bottleneck)]
+        states = self._model.encode_vision(tower).mean(dim=1)
+        pooled: Float32 = torch.cat([states, *maps], dim=1).cpu().numpy()
+        return pooled
+
+    def _prompt(self, texts: Sequence[str]) -> PromptTensors:
         packed = self._encoder.pack([self._encoder.encode(text) for text in texts])
-        prompt = PromptTensors.from_packed(packed, self._encoder, self._device)
+        return PromptTensors.from_packed(packed, self._encoder, self._device)
+
+    def _decode(self, states: dict[int, torch.Tensor], texts: Sequence[str]) -> Scores:
+        prompt = self._prompt(texts)
         hidden, _ = self._model.decode_text(states, prompt)
         scores: Scores = self._model.score_labels(hidden, prompt).cpu().numpy()
         return scores

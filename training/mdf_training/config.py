@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from mdf_sdk.errors import CheckpointError, InputError
@@ -16,7 +17,15 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 LABELS = ("Acquired", "Inherited")
 MASK_KINDS = ("vessel", "lesion", "disc")
+QUERIES = ("vision", "skip")
 INSTRUCTION = "Is the retinal disease of this patient Acquired or Inherited?"
+# Of the paper's two labels alone. An engine carries the instruction as constants: it costs no time.
+DEFINITIONS = (
+    "Acquired disease has a cause outside the genes: age, diabetes, raised eye pressure, drugs, "
+    "infection or injury. It mostly begins late, and the family is healthy. Inherited disease "
+    "comes from a variant of a gene: it mostly begins early, is alike in both eyes, and relatives "
+    "may be affected. The two can look alike, so weigh photograph and history together.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,40 @@ class FusionConfig:
         grid: every skip becomes grid x grid patches, so that all four weigh alike whatever their
             resolution.
         heads: of the scaled cross-attention; its width is the backbone's.
-        alpha: fixed scale of what is added to the vision states. 1.0: the learned gate already
-            scales it.
+        alpha: fixed scale of what the blocks add. 1.0: the learned gate already scales it.
+        depths: the skips that are fused, 0 the shallowest; without any, every cross-attention layer
+            reads the vision states as they are.
+        film: whether the language model modulates the U-Net's skips.
+        query: whose tokens ask and go on: "vision", the vision states, with the skip's patches for
+            keys and values; or "skip", the other way round.
     """
 
     layers: tuple[int, ...]
     grid: int
     heads: int
     alpha: float = 1.0
+    depths: tuple[int, ...] = (0, 1, 2, 3)
+    film: bool = True
+    query: str = "vision"
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a fusion that no model has."""
+        skips = range(len(self.layers))
+        for name, good, expected in (
+            ("alpha", type(self.alpha) in (int, float) and isfinite(self.alpha), "a finite number"),
+            (
+                "depths",
+                isinstance(self.depths, tuple)
+                and all(type(depth) is int and depth in skips for depth in self.depths)
+                and list(self.depths) == sorted(set(self.depths)),
+                f"rising numbers from 0 to {len(skips) - 1}, or none",
+            ),
+            ("film", isinstance(self.film, bool), "true or false"),
+            ("query", self.query in QUERIES, f"one of {', '.join(QUERIES)}"),
+        ):
+            if not good:
+                found = getattr(self, name)
+                raise InputError(f"fusion, {name}: found {found!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +137,7 @@ class ModelConfig:
                 "mask_kinds": tuple(values["mask_kinds"]),
             }
             return cls(**{**values, **nested})
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, InputError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"config.json: {error}; expected the fields of this release's ModelConfig. "
                 "Train again, or install the release that wrote it."
@@ -161,7 +196,7 @@ _LLAMA_11B = ModelConfig(
     image=_image(560, 512),
     prompt=PromptSpec(
         prefix="<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
-        f"{INSTRUCTION}\nThe photograph and the clinical information follow.\n",
+        f"{INSTRUCTION}\n{DEFINITIONS}The photograph and the clinical information follow.\n",
         suffix="\nAnswer with Acquired or Inherited.<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         image_token="<|image|>",
@@ -296,9 +331,12 @@ def set_task(config: ModelConfig, labels: Sequence[str], mask_kinds: Sequence[st
                 "with <| in it. Example: --labels 'healthy,glaucoma' --mask-kinds disc,vessel"
             )
     old, new = _one_of(config.labels), _one_of(labels)
+    prefix = config.prompt.prefix
+    if new != old:
+        prefix = prefix.replace(DEFINITIONS, "").replace(old, new)
     prompt = dataclasses.replace(
         config.prompt,
-        prefix=config.prompt.prefix.replace(old, new),
+        prefix=prefix,
         suffix=config.prompt.suffix.replace(old, new),
     )
     return dataclasses.replace(

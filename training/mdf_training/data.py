@@ -3,22 +3,28 @@
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
-from mdf_sdk.errors import DataError, ImageError
+from mdf_sdk.errors import DataError, ImageError, InputError
 from mdf_sdk.preprocessing import load_image
 from mdf_sdk.staging import staged_directory
-from mdf_training.cases import Case, DataSet, Row
+from mdf_training.cases import Case, DataSet, Row, Subset
+from mdf_training.splits import load_split
 from mdf_training.synthetic import SyntheticData
+from mdf_training.tables import read_table
 
 COLUMNS = ("file", "label", "text", "mask", "patient_id", "source")
 MAX_PROBLEMS_SHOWN = 20
+T = TypeVar("T")
 
 
 class FolderData:
@@ -35,9 +41,9 @@ class FolderData:
         """
         self.folder = Path(folder)
         check_data(self.folder, labels)
-        table = list(_read_table(self.folder))
+        table = list(_read_rows(self.folder))
         self._row_numbers = [number for number, _ in table]
-        self._mask_files = [_parse_masks(cells["mask"]) for _, cells in table]
+        self._mask_files = [parse_masks(cells["mask"]) for _, cells in table]
         self.rows = tuple(
             Row(**{name: value for name, value in cells.items() if name != "mask"})
             for _, cells in table
@@ -54,7 +60,7 @@ class FolderData:
         image = _read_picture(self.folder / row.file, f"{where}, column file")
         masks = {}
         for kind, name in self._mask_files[index].items():
-            mask = _read_mask(self.folder / name, f"{where}, column mask")
+            mask = read_mask(self.folder / name, f"{where}, column mask")
             if mask.shape != image.shape[:2]:
                 raise DataError(
                     f"{where}, column mask: {name} is {_size(mask)} px,"
@@ -64,22 +70,91 @@ class FolderData:
         return Case(**asdict(row), image=image, masks=masks)
 
 
-def open_data(spec: str | os.PathLike[str], labels: Iterable[str] | None = None) -> DataSet:
+def open_data(
+    spec: str | os.PathLike[str],
+    labels: Iterable[str] | None = None,
+    *,
+    split: str | os.PathLike[str] | None = None,
+    part: str | Sequence[str] | None = None,
+    skip_broken: bool = False,
+) -> DataSet:
     """Open the folder `spec`, or render `synthetic:COUNT:SEED`.
 
     Args:
         labels: the labels that may occur; any label may when left out.
+        split: a file that `mdf split` wrote; all cases when left out.
+        part: the part of `split`, or several.
+        skip_broken: read every picture and mask first, and leave out those that cannot be read.
 
     Raises:
-        DataError: the folder or the spec breaks the format.
+        DataError: the folder, the spec or the split breaks the format.
+        InputError: one of `split` and `part` without the other.
     """
     spec = os.fspath(spec)
-    if not spec.startswith("synthetic:"):
-        return FolderData(spec, labels)
-    match = re.fullmatch(r"synthetic:(\d+):(\d+)", spec, re.ASCII)
-    if match is None:
-        raise DataError(f"found {spec!r}, expected synthetic:COUNT:SEED such as synthetic:1000:0")
-    return SyntheticData(count=int(match[1]), seed=int(match[2]))
+    if (split is None) != (part is None):
+        raise InputError(f"found split {split!r} and part {part!r}, expected both or neither")
+    data = _open_whole(spec, labels)
+    if split is not None and part is not None:
+        wanted = {part} if isinstance(part, str) else set(part)
+        parts = load_split(split, data.rows)
+        chosen = [i for i, name in enumerate(parts) if name in wanted]
+        if not chosen:
+            raise DataError(
+                f"{os.fspath(split)}: found no case in {', '.join(sorted(wanted))}, expected one of"
+                f" its parts {', '.join(sorted(set(parts)))}"
+            )
+        data = Subset(data, chosen)
+    return drop_broken(data, skip=True)[0] if skip_broken else data
+
+
+def drop_broken(data: DataSet, *, skip: bool) -> tuple[DataSet, tuple[str, ...]]:
+    """Read every picture and mask once, so that no run meets a broken one half-way.
+
+    Args:
+        skip: leave out the cases that cannot be read; otherwise they are an error.
+
+    Returns:
+        The cases that can be read, and the files of the others.
+
+    Raises:
+        DataError: names the broken ones, all in one message; or nothing can be read.
+    """
+    if isinstance(data.data if isinstance(data, Subset) else data, SyntheticData):
+        return data, ()  # rendered when asked for: there is nothing to break
+    broken = {
+        index: result
+        for index, result in enumerate(read_cases(data, lambda case: None))
+        if isinstance(result, DataError)
+    }
+    if not broken:
+        return data, ()
+    if not skip or len(broken) == len(data):
+        raise DataError(
+            list_problems(
+                f"{len(broken)} of {len(data)} cases cannot be read; mend them, take them out of"
+                " the table, or leave them out by --skip-broken:",
+                [str(error) for error in broken.values()],
+            )
+        )
+    whole = [i for i in range(len(data)) if i not in broken]
+    return Subset(data, whole), tuple(data.rows[i].file for i in broken)
+
+
+def read_cases(data: DataSet, examine: Callable[[Case], T]) -> Iterator[T | DataError]:
+    """Read every case in threads and yield what `examine` says of it, in order.
+
+    A case whose picture or masks cannot be read yields the error that says so.
+    """
+
+    def read(index: int) -> T | DataError:
+        try:
+            return examine(data[index])
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor() as threads:
+        results = threads.map(read, range(len(data)))
+        yield from tqdm(results, "reading", len(data), leave=False, disable=None)
 
 
 def check_data(folder: str | Path, labels: Iterable[str] | None = None) -> None:
@@ -97,7 +172,7 @@ def check_data(folder: str | Path, labels: Iterable[str] | None = None) -> None:
     problems: list[str] = []
     first_row: dict[str, int] = {}
     number = 1
-    for number, cells in _read_table(folder):
+    for number, cells in _read_rows(folder):
         problems += [
             f"row {number}, column {column}: {problem}"
             for column, problem in _problems(folder, cells, allowed)
@@ -111,10 +186,7 @@ def check_data(folder: str | Path, labels: Iterable[str] | None = None) -> None:
     if number == 1:
         problems.append("no rows below the header, expected one row for every picture")
     if problems:
-        shown = problems[:MAX_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
-        raise DataError("\n  ".join([f"{folder / 'labels.csv'} breaks the format:", *shown]))
+        raise DataError(list_problems(f"{folder / 'labels.csv'} breaks the format:", problems))
 
 
 def save_data(data: DataSet, folder: str | Path) -> None:
@@ -144,76 +216,25 @@ def save_data(data: DataSet, folder: str | Path) -> None:
             csv.writer(stream).writerows([COLUMNS, *table])
 
 
-def split_by_patient(data: DataSet, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split so that no patient is on both sides and every label keeps about its share.
-
-    Args:
-        fraction: share of the patients of every label that is held out, between 0 and 1. A label
-            with two patients or more always has one on either side.
-
-    Returns:
-        The sorted indices to train on, and those held out.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"found fraction {fraction}, expected a number between 0 and 1")
-    labels_of: dict[str, set[str]] = {}
-    for row in data.rows:
-        labels_of.setdefault(row.patient_id, set()).add(row.label)
-    strata: dict[tuple[str, ...], list[str]] = {}
-    for patient, labels in sorted(labels_of.items()):
-        strata.setdefault(tuple(sorted(labels)), []).append(patient)
-
-    rng = np.random.default_rng(seed)
-    held_out: set[str] = set()
-    for _, patients in sorted(strata.items()):
-        order = rng.permutation(len(patients))
-        count = max(round(fraction * len(patients)), 1)
-        held_out |= {patients[i] for i in order[: min(count, len(patients) - 1)]}
-    held = [i for i, row in enumerate(data.rows) if row.patient_id in held_out]
-    train = [i for i, row in enumerate(data.rows) if row.patient_id not in held_out]
-    return train, held
+def _open_whole(spec: str, labels: Iterable[str] | None) -> DataSet:
+    if not spec.startswith("synthetic:"):
+        return FolderData(spec, labels)
+    match = re.fullmatch(r"synthetic:(\d+):(\d+)", spec, re.ASCII)
+    if match is None:
+        raise DataError(f"found {spec!r}, expected synthetic:COUNT:SEED such as synthetic:1000:0")
+    return SyntheticData(count=int(match[1]), seed=int(match[2]))
 
 
-def _read_table(folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the spreadsheet's row number and column -> cell of every row that is not blank."""
-    path = folder / "labels.csv"
-    if not path.is_file():
-        raise DataError(f"{path} is missing, expected a table with columns {', '.join(COLUMNS)}")
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            _check_header(path, header)
-            for number, cells in enumerate(reader, start=2):
-                if not any(cell.strip() for cell in cells):
-                    continue
-                if len(cells) != len(header):
-                    raise DataError(
-                        f"{path}, row {number}: {len(cells)} cells, expected {len(header)};"
-                        " put a text that holds a comma in double quotes"
-                    )
-                values = (cell.strip() for cell in cells)
-                yield number, dict(zip(header, values, strict=True))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 ({error}): save it as CSV UTF-8") from error
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not a CSV table ({error})") from error
+def list_problems(headline: str, problems: Sequence[str]) -> str:
+    """One message of all problems, of which it shows the first MAX_PROBLEMS_SHOWN."""
+    shown = list(problems[:MAX_PROBLEMS_SHOWN])
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    return "\n  ".join([headline, *shown])
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    wrong = [
-        f"{problem} {', '.join(repr(name) for name in names)}"
-        for problem, names in (
-            ("missing", [name for name in COLUMNS if name not in header]),
-            ("unknown", [name for name in header if name not in COLUMNS]),
-            ("repeated", sorted({name for name in header if header.count(name) > 1})),
-        )
-        if names
-    ]
-    if wrong:
-        raise DataError(
-            f"{path}, row 1: columns {'; '.join(wrong)}; expected exactly {', '.join(COLUMNS)}"
-        )
+def _read_rows(folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    return read_table(folder / "labels.csv", COLUMNS, exact=True)
 
 
 def _problems(
@@ -228,7 +249,7 @@ def _problems(
     if cells["file"] and (problem := _file_problem(folder, cells["file"])):
         yield "file", problem
     try:
-        mask_files = _parse_masks(cells["mask"])
+        mask_files = parse_masks(cells["mask"])
     except ValueError as error:
         yield "mask", str(error)
         return
@@ -249,7 +270,7 @@ def _file_problem(folder: Path, name: str) -> str | None:
         return f"{name[:80]!r} is no usable path, expected one relative to {folder}"
 
 
-def _parse_masks(cell: str) -> dict[str, str]:
+def parse_masks(cell: str) -> dict[str, str]:
     """Turn `KIND:PATH;KIND:PATH` into kind -> path."""
     masks: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in cell.split(";"))):
@@ -270,7 +291,7 @@ def _read_picture(path: Path, where: str) -> NDArray[np.uint8]:
         raise DataError(f"{where}: {error}") from error
 
 
-def _read_mask(path: Path, where: str) -> NDArray[np.bool_]:
+def read_mask(path: Path, where: str) -> NDArray[np.bool_]:
     """Read a mask: bool (H, W), True where any channel but alpha is not zero."""
     picture = _open_image(path, where)
     if picture.mode in ("P", "PA"):  # a palette's indices say nothing of its colors

@@ -6,16 +6,25 @@ from torch import Tensor, nn
 
 
 class FusionBlock(nn.Module):
-    """Adds one U-Net skip to the vision states that one cross-attention layer reads.
+    """Joins one U-Net skip and the vision states for one cross-attention layer.
 
-    fused = states + alpha * tanh(gate) * Attention(query=states, key=value=patches of the skip)
+    query "vision": fused = states + alpha * tanh(gate) * Attention(query=states, key=value=patches)
+    query "skip": fused = patches + alpha * tanh(gate) * Attention(query=patches, key=value=states)
 
-    with the gate at 0 in the beginning: a pretrained language model starts undisturbed (as in
-    Flamingo, Alayrac et al., 2022).
+    with layer-normalized patches of the skip, and the gate at 0 in the beginning: a pretrained
+    language model starts undisturbed (as in Flamingo, Alayrac et al., 2022), where vision asks.
+    With alpha 0 the vision states pass as they are.
     """
 
     def __init__(
-        self, skip_channels: int, skip_px: int, width: int, heads: int, grid: int, alpha: float
+        self,
+        skip_channels: int,
+        skip_px: int,
+        width: int,
+        heads: int,
+        grid: int,
+        alpha: float,
+        query: str,
     ) -> None:
         """Args:
         skip_channels, skip_px: C and side of the skip.
@@ -23,11 +32,13 @@ class FusionBlock(nn.Module):
         heads: of the attention; D is divided among them.
         grid: patches per side, a divisor of skip_px.
         alpha: fixed scale of the addition.
+        query: "vision" or "skip": whose tokens ask.
         """
         super().__init__()
         patch = skip_px // grid
         self.heads = heads
         self.alpha = alpha
+        self.query = query
         self.patch_proj = nn.Conv2d(skip_channels, width, patch, stride=patch)
         self.position = nn.Parameter(torch.empty(grid * grid, width).normal_(std=0.02))
         self.state_norm = nn.LayerNorm(width)
@@ -37,18 +48,31 @@ class FusionBlock(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.gate = nn.Parameter(torch.zeros(1))
+        if not alpha:
+            self.requires_grad_(False)
 
     def forward(self, states: Tensor, skip: Tensor) -> Tensor:
-        """Return fused states (B, V, D) from vision states (B, V, D) and a skip (B, C, H, W)."""
+        """Fuse vision states (B, V, D) and a skip (B, C, H, W).
+
+        Returns:
+            (B, V, D) where vision asks, (B, grid * grid, D) where the skip does.
+        """
+        if not self.alpha:
+            return states
         patches = self.patch_proj(skip).flatten(2).transpose(1, 2) + self.position  # (B, G*G, D)
         patches = self.patch_norm(patches)
+        if self.query == "skip":
+            return patches + self._attend(patches, self.state_norm(states))
+        return states + self._attend(self.state_norm(states), patches)
+
+    def _attend(self, asking: Tensor, answering: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(
-            self._split(self.q_proj(self.state_norm(states))),
-            self._split(self.k_proj(patches)),
-            self._split(self.v_proj(patches)),
+            self._split(self.q_proj(asking)),
+            self._split(self.k_proj(answering)),
+            self._split(self.v_proj(answering)),
         )
-        added = self.o_proj(attended.transpose(1, 2).flatten(2))
-        return states + self.alpha * self.gate.tanh() * added
+        added: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return self.alpha * self.gate.tanh() * added
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, D / heads)
@@ -60,13 +84,23 @@ class FiLM(nn.Module):
     modulated = skip * (1 + gamma) + beta, (gamma, beta) = linear(pooled language states)
     """
 
-    def __init__(self, width: int, skip_channels: int) -> None:
+    def __init__(self, width: int, skip_channels: int, enabled: bool) -> None:
+        """Args:
+        width: D of the backbone.
+        skip_channels: C of the skip.
+        enabled: or else the skip passes as it is.
+        """
         super().__init__()
+        self.enabled = enabled
         self.proj = nn.Linear(width, 2 * skip_channels)
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
+        if not enabled:
+            self.requires_grad_(False)
 
     def forward(self, skip: Tensor, pooled: Tensor) -> Tensor:
         """Modulate a skip (B, C, H, W) by pooled states (B, D)."""
+        if not self.enabled:
+            return skip
         gamma, beta = self.proj(pooled)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
         return skip * (1 + gamma) + beta

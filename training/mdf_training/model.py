@@ -7,6 +7,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MllamaForConditionalGeneration
 
 from mdf_sdk.prompt import PackedPrompt, PromptEncoder
 from mdf_training.backbone import CrossAttentionFeed, build_backbone, graft_llama, load_smollm2
@@ -58,7 +59,8 @@ class ImageFeatures(NamedTuple):
         vision_states: (B, V, D), the projected vision tower.
         skips: four U-Net feature maps (B, C, H, W), shallow to deep.
         bottleneck: (B, C, H, W).
-        states: (B, V, D) for each cross-attention layer, fused where the config says so.
+        states: for each cross-attention layer (B, V, D), or (B, grid * grid, D) where a skip asked;
+            fused where the config says so.
     """
 
     vision_states: Tensor
@@ -78,10 +80,12 @@ class ModelOutput(NamedTuple):
 class MDFModel(nn.Module):
     """MDF-MLLM: `backbone` (Mllama), `unet`, one fusion block and one FiLM for each skip."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, backbone: MllamaForConditionalGeneration | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config)
+        self.backbone = build_backbone(config) if backbone is None else backbone
         self.unet = smp.Unet(
             config.unet.encoder,
             encoder_weights=None,
@@ -94,11 +98,27 @@ class MDFModel(nn.Module):
         fusion = config.fusion
         self.fusion = nn.ModuleList(
             FusionBlock(
-                c, config.image.unet_px >> (i + 1), width, fusion.heads, fusion.grid, fusion.alpha
+                c,
+                config.image.unet_px >> (i + 1),
+                width,
+                fusion.heads,
+                fusion.grid,
+                fusion.alpha if i in fusion.depths else 0.0,
+                fusion.query,
             )
             for i, c in enumerate(channels)
         )
-        self.film = nn.ModuleList(FiLM(width, c) for c in channels)
+        self.film = nn.ModuleList(FiLM(width, c, fusion.film) for c in channels)
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """Return the modules of each of PARTS: every parameter is in one of them."""
+        mllama = self.backbone.model
+        return {
+            "unet": [self.unet],
+            "fusion": [self.fusion, self.film],
+            "vision": [mllama.vision_model, mllama.multi_modal_projector],
+            "language": [mllama.language_model, self.backbone.lm_head],
+        }
 
     def encode_image(self, tower_pixels: Tensor, unet_pixels: Tensor) -> ImageFeatures:
         """Run what depends on the photograph alone.

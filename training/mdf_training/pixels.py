@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mdf_sdk.manifest import ImageSpec
 from mdf_sdk.preprocessing import crop_square, find_square, normalize, to_pixels
+from mdf_training.augmentation import Camera
 from mdf_training.cases import DataSet, Row
 
 Float32 = npt.NDArray[np.float32]
@@ -49,8 +50,27 @@ class PixelSet:
         return len(self.data)
 
     def __getitem__(self, index: int) -> CasePixels:
+        return self._case(index, None)
+
+    def read(
+        self, indices: Sequence[int], cameras: Sequence[Camera | None] | None = None
+    ) -> list[CasePixels]:
+        """Return several cases in the order asked for; threads prepare them side by side.
+
+        Args:
+            cameras: whose picture each case becomes; None leaves it as it is.
+        """
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(self._case, indices, cameras or [None] * len(indices)))
+
+    def _case(self, index: int, camera: Camera | None) -> CasePixels:
         spec = self.spec
         tower, unet, masks, has_mask = self._squares(index)
+        if camera:
+            tower, unet = camera.photograph(tower), camera.photograph(unet)
+            # A kind that was not annotated has nothing to move.
+            moved = [camera.mask(m) if m.any() else m for m in masks]
+            masks = np.array(moved, np.bool_).reshape(masks.shape)
         return CasePixels(
             self.data.rows[index],
             normalize(tower, spec.tower_mean, spec.tower_std),
@@ -58,11 +78,6 @@ class PixelSet:
             masks.astype(np.float32),
             has_mask.astype(np.float32),
         )
-
-    def read(self, indices: Sequence[int]) -> list[CasePixels]:
-        """Return several cases in the order asked for; threads decode them side by side."""
-        with ThreadPoolExecutor() as threads:
-            return list(threads.map(self.__getitem__, indices))
 
     def _read_squares(self, index: int) -> tuple[UInt8, UInt8, Bool, Bool]:
         case, spec = self.data[index], self.spec

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from mdf_sdk.errors import CheckpointError
 
-# What follows the last feature map a U-Net reads, as timm, torchvision and efficientnet_pytorch
-# name it.
-_HEAD = re.compile(r"(classifier|fc|conv_head|bn2|_conv_head|_bn1|_fc)\.")
+# What follows the last feature map a U-Net reads, as timm and torchvision name it.
+_HEAD = re.compile(r"(classifier|fc|conv_head|bn2)\.")
+# efficientnet_pytorch's names outside the blocks -> timm's.
+_OUTER = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 # efficientnet_pytorch's names of a block's layers -> timm's, without and with an expansion.
 _PLAIN_BLOCK = {
     "_depthwise_conv": "conv_dw",
@@ -104,23 +111,25 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _rename(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give a file's tensors the encoder's names; drop the head."""
+    """Give a file's tensors the encoder's names; drop what of the head it does not have."""
     # smp wraps a timm network in one more module, and takes torchvision's as it is.
     prefix = "model." if all(name.startswith("model.") for name in expected) else ""
-    body = {name: tensor for name, tensor in state.items() if not _HEAD.match(name)}
-    if "_conv_stem.weight" in body:
+    if "_conv_stem.weight" in state:
         blocks = list(dict.fromkeys(re.findall(r"\bblocks\.\d+\.\d+", "\n".join(expected))))
-        body = {_timm_name(name, body, blocks): tensor for name, tensor in body.items()}
-    return {prefix + name: tensor for name, tensor in body.items()}
+        state = {_timm_name(name, state, blocks): tensor for name, tensor in state.items()}
+    return {
+        prefix + name: tensor
+        for name, tensor in state.items()
+        if prefix + name in expected or not _HEAD.match(name)
+    }
 
 
 def _timm_name(name: str, state: Mapping[str, Tensor], blocks: list[str]) -> str:
     """Translate one name of efficientnet_pytorch, which counts all blocks in one row."""
-    stem = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
     match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
     if match is None:
         layer, _, rest = name.partition(".")
-        return f"{stem.get(layer, layer)}.{rest}"
+        return f"{_OUTER.get(layer, layer)}.{rest}"
     number, layer, rest = match.groups()
     expanded = f"_blocks.{number}._expand_conv.weight" in state
     layer = (_EXPANDED_BLOCK if expanded else _PLAIN_BLOCK).get(layer, layer)
