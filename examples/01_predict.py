@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from mdf_sdk import MDFClassifier, save_picture
-from mdf_training.synthetic import SyntheticData
+from mdf_training.data.synthetic import SyntheticData
 
 ENGINE = Path(__file__).parent / "demo_engine"
 

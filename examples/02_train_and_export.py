@@ -6,8 +6,8 @@ from pathlib import Path
 from mdf_export import build_engine
 from mdf_sdk import MDFClassifier, verify_engine
 from mdf_training import train
+from mdf_training.data.synthetic import SyntheticData
 from mdf_training.recipes import Recipe
-from mdf_training.synthetic import SyntheticData
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mdf_sdk import MDFClassifier
 from mdf_training import open_data
-from mdf_training.data import save_data
-from mdf_training.synthetic import SyntheticData
+from mdf_training.data.folder import save_data
+from mdf_training.data.synthetic import SyntheticData
 
 ENGINE = Path(__file__).parent / "demo_engine"
 BATCH = 8

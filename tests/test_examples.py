@@ -47,8 +47,8 @@ def test_an_example_runs_as_written(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_scored_folder_has_a_row_for_every_case(tmp_path: Path) -> None:
-    from mdf_training.data import save_data
-    from mdf_training.synthetic import SyntheticData
+    from mdf_training.data.folder import save_data
+    from mdf_training.data.synthetic import SyntheticData
 
     save_data(SyntheticData(10, 8), tmp_path / "data")
     out = tmp_path / "out.csv"

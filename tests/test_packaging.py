@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mdf_training.synthetic import SyntheticData
+from mdf_training.data.synthetic import SyntheticData
 
 ROOT = Path(__file__).parent.parent
 PIP = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

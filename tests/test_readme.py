@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from PIL import Image
 
-from mdf_training.synthetic import SyntheticData
+from mdf_training.data.synthetic import SyntheticData
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mdf_sdk.cli import main
-from mdf_training.synthetic import SyntheticData
+from mdf_training.data.synthetic import SyntheticData
 
 TEXT = "A 46-year-old woman, difficulty reading for 6 months. Family history is not known."
 

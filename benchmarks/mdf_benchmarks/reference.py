@@ -195,7 +195,7 @@ class _PyTorch:
     """The fused model in float32, eager, as a user runs it: inference mode, SDPA attention."""
 
     def __init__(self, checkpoint_dir: Path, threads: int) -> None:
-        import_extra("mdf_training.checkpoint_scorer", "training")
+        import_extra("mdf_training.evaluation.checkpoint_scorer", "training")
         import torch
 
         from mdf_training.checkpoint import load_checkpoint

@@ -27,7 +27,7 @@ from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError, DataError
 from mdf_sdk.preprocessing import to_pixels
-from mdf_training.data import open_data
+from mdf_training.data.folder import open_data
 from mdf_training.model import PromptTensors
 
 Picture = npt.NDArray[np.uint8]

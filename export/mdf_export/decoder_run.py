@@ -17,8 +17,8 @@ from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import InputError
 from mdf_sdk.manifest import Precision
 from mdf_training.backbone import CrossAttentionFeed
+from mdf_training.data.pixels import CasePixels, stack_pixels
 from mdf_training.model import PromptTensors
-from mdf_training.pixels import CasePixels, stack_pixels
 
 
 class _Prefix:

@@ -11,8 +11,8 @@ import torch
 from mdf_export.blocks import FEATURES
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.preprocessing import to_pixels
+from mdf_training.data.synthetic import SyntheticData
 from mdf_training.model import PromptTensors, decode_mask
-from mdf_training.synthetic import SyntheticData
 
 Array = npt.NDArray[np.generic]
 # A seed that no command of the README trains or evaluates on.

@@ -35,13 +35,13 @@ from mdf_sdk.engine import Engine
 from mdf_sdk.errors import DataError, InputError
 from mdf_sdk.manifest import BLOCKS, Manifest
 from mdf_sdk.sessions import Array
-from mdf_training.cases import DataSet
 from mdf_training.checkpoint import checkpoint_digest
-from mdf_training.checkpoint_scorer import CheckpointScorer
-from mdf_training.data import open_data
-from mdf_training.evaluation import BATCH_SIZE, Scorer
-from mdf_training.pixels import PixelSet, batches, stack_pixels
-from mdf_training.statistics import Proportion
+from mdf_training.data.cases import DataSet
+from mdf_training.data.folder import open_data
+from mdf_training.data.pixels import PixelSet, batches, stack_pixels
+from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
+from mdf_training.evaluation.evaluate import BATCH_SIZE, Scorer
+from mdf_training.evaluation.statistics import Proportion
 
 # Of these the tensors of every block and layer are compared; all cases are scored.
 TENSOR_CASES = 8

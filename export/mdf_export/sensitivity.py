@@ -24,9 +24,9 @@ from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import InputError
 from mdf_sdk.manifest import Precision
 from mdf_training.checkpoint import checkpoint_digest
-from mdf_training.data import open_data
-from mdf_training.pixels import CasePixels, PixelSet, batches
-from mdf_training.statistics import Proportion
+from mdf_training.data.folder import open_data
+from mdf_training.data.pixels import CasePixels, PixelSet, batches
+from mdf_training.evaluation.statistics import Proportion
 
 SENSITIVITY = "sensitivity.json"
 CASES_AT_ONCE = 32  # the stream behind every layer is kept for as many

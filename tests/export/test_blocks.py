@@ -22,7 +22,7 @@ from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError
 from mdf_sdk.manifest import BLOCKS, BlockSpec
 from mdf_training.checkpoint import load_checkpoint, save_checkpoint
-from mdf_training.synthetic import SyntheticData
+from mdf_training.data.synthetic import SyntheticData
 
 # Largest relative L2 error of any block output on the tiny checkpoint, rounded to nearest. Measured
 # on two CPU cores: fp32 4e-7; fp16 8e-4; int8 2e-2; fp8 2e-3; int4 1.4e-1 (fusion), 9e-2 (decoder).

@@ -31,9 +31,9 @@ from mdf_sdk.errors import (
 from mdf_sdk.manifest import BLOCKS, Precision, QuantizationMethod
 from mdf_sdk.verify import verify_engine
 from mdf_training.checkpoint import checkpoint_digest, load_checkpoint, save_checkpoint
-from mdf_training.checkpoint_scorer import CheckpointScorer
-from mdf_training.pixels import PixelSet
-from mdf_training.synthetic import SyntheticData
+from mdf_training.data.pixels import PixelSet
+from mdf_training.data.synthetic import SyntheticData
+from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
 
 
 def test_an_engine_scores_as_its_checkpoint_does(tiny_checkpoint: Path, tiny_engine: Path) -> None:

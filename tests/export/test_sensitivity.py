@@ -29,9 +29,9 @@ from mdf_export.sensitivity import (
 from mdf_sdk.cli import main
 from mdf_sdk.errors import InputError
 from mdf_sdk.manifest import load_manifest
-from mdf_training.checkpoint_scorer import CheckpointScorer
-from mdf_training.pixels import PixelSet, stack_pixels
-from mdf_training.synthetic import SyntheticData
+from mdf_training.data.pixels import PixelSet, stack_pixels
+from mdf_training.data.synthetic import SyntheticData
+from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
 
 DATA = "synthetic:12:4243"
 INT4 = ExportRecipe("int4", method="rtn")

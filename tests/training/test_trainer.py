@@ -14,11 +14,11 @@ from mdf_sdk.errors import CheckpointError, DataError, InputError
 from mdf_training import trainer as trainer_module
 from mdf_training.checkpoint import load_checkpoint
 from mdf_training.config import load_preset
-from mdf_training.data import save_data
+from mdf_training.data.folder import save_data
+from mdf_training.data.synthetic import SyntheticData
 from mdf_training.model import build_model
 from mdf_training.recipes import RECIPES, Recipe
 from mdf_training.schedule import freeze
-from mdf_training.synthetic import SyntheticData
 from mdf_training.trainer import (
     build_optimizer,
     dice_scores,

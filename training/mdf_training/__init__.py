@@ -11,9 +11,9 @@ _HOMES = {
     "train": "mdf_training.trainer",
     "load_checkpoint": "mdf_training.checkpoint",
     "save_checkpoint": "mdf_training.checkpoint",
-    "evaluate": "mdf_training.evaluation",
-    "open_scorer": "mdf_training.evaluation",
-    "open_data": "mdf_training.data",
+    "evaluate": "mdf_training.evaluation.evaluate",
+    "open_scorer": "mdf_training.evaluation.evaluate",
+    "open_data": "mdf_training.data.folder",
 }
 __all__ = list(_HOMES)
 

@@ -62,7 +62,7 @@ class Recipe:
             goes black: neither half is then leant on alone, and the controls of `evaluate` are
             inputs that the model was trained for.
         augment: strength of the changes that make a training picture another camera's, from 0,
-            mirrored alone, to 1 (see mdf_training.augmentation).
+            mirrored alone, to 1 (see mdf_training.data.augmentation).
         compute: "float32", or "bfloat16" for the layers of a model that is trained on CUDA, beside
             float32 weights.
         recompute: keep the inputs of the layers alone and compute their activations again in the

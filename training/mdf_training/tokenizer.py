@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from mdf_sdk.errors import CheckpointError
 from mdf_training.backbone import find_smollm2
 from mdf_training.config import ModelConfig
-from mdf_training.synthetic import corpus
+from mdf_training.data.synthetic import corpus
 
 
 def load_tokenizer(config: ModelConfig, backbone: str | os.PathLike[str] | None = None) -> str:

@@ -21,8 +21,6 @@ from tqdm import tqdm
 
 from mdf_sdk.errors import CheckpointError, DataError, InputError
 from mdf_sdk.prompt import PromptEncoder
-from mdf_training.augmentation import Camera
-from mdf_training.cases import DataSet
 from mdf_training.checkpoint import (
     Checkpoint,
     TensorFiles,
@@ -33,7 +31,13 @@ from mdf_training.checkpoint import (
     save_checkpoint,
 )
 from mdf_training.config import FusionConfig, ModelConfig, load_preset, set_task
-from mdf_training.data import drop_broken, open_data
+from mdf_training.data.augmentation import Camera
+from mdf_training.data.cases import DataSet
+from mdf_training.data.folder import drop_broken, open_data
+from mdf_training.data.leaks import check_leaks
+from mdf_training.data.pixels import PixelSet, batches, blank_pixels, stack_pixels
+from mdf_training.data.splits import TRAIN, VALIDATION, describe_split, read_split, split_by_patient
+from mdf_training.data.synthetic import NEUTRAL_TEXT
 from mdf_training.distributed import (
     Processes,
     build_hollow_model,
@@ -44,16 +48,12 @@ from mdf_training.distributed import (
     reshard,
     set_counting,
 )
-from mdf_training.evaluation import BATCH_SIZE
+from mdf_training.evaluation.evaluate import BATCH_SIZE
 from mdf_training.history_plot import plot_history
-from mdf_training.leaks import check_leaks
 from mdf_training.llama_weights import describe_backbone, fit_tile, read_backbone
 from mdf_training.model import MDFModel, ModelOutput, PromptTensors, build_model
-from mdf_training.pixels import PixelSet, batches, blank_pixels, stack_pixels
 from mdf_training.recipes import RECIPES, Recipe
 from mdf_training.schedule import PartPolicy, freeze, set_training, step_factor
-from mdf_training.splits import TRAIN, VALIDATION, describe_split, read_split, split_by_patient
-from mdf_training.synthetic import NEUTRAL_TEXT
 from mdf_training.tokenizer import load_tokenizer
 from mdf_training.unet_weights import describe_weights, load_unet_weights
 

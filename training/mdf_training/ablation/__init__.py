@@ -1,0 +1,1 @@
+"""The paper's studies: variants trained over seeds, compared case by case."""

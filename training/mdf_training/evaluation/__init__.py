@@ -1,0 +1,1 @@
+"""How good a model is: scores and controls, baselines, statistics, the model card."""

@@ -1,0 +1,69 @@
+"""`mdf train-cnn`: a command line in, the checkpoint of the image-only baseline out."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from mdf_sdk.extras import import_extra
+
+
+def add_train_cnn(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register `mdf train-cnn --preset P --data DATA --out CHECKPOINT [--split FILE]`."""
+    parser = commands.add_parser("train-cnn", help="train the image-only baseline")
+    parser.add_argument(
+        "--preset", required=True, help="whose picture size and recipe: nano, smol-135m, ..."
+    )
+    parser.add_argument(
+        "--data", required=True, help="folder with labels.csv, or synthetic:COUNT:SEED"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="CHECKPOINT", help="new directory"
+    )
+    parser.add_argument(
+        "--labels", metavar="A,B,...", help="label set; Acquired,Inherited if left out"
+    )
+    parser.add_argument(
+        "--split", type=Path, metavar="FILE", help="train on its part train (see mdf split)"
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="ImageNet weights of EfficientNet-Lite0"
+    )
+    parser.add_argument("--epochs", type=int, help="the preset's own number when left out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave out pictures that cannot be read"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document as the last line"
+    )
+    parser.set_defaults(run=run_train_cnn)
+
+
+def run_train_cnn(args: argparse.Namespace) -> int:
+    """Train and say where the checkpoint is, and what it leaves unread."""
+    from mdf_training.config import load_preset
+    from mdf_training.recipes import RECIPES
+
+    recipe = dataclasses.replace(RECIPES[load_preset(args.preset).preset], seed=args.seed)
+    if args.epochs is not None:
+        recipe = dataclasses.replace(recipe, epochs=args.epochs)
+    cnn = import_extra("mdf_training.evaluation.cnn", "training")
+    provenance = cnn.train_cnn(
+        args.preset,
+        args.data,
+        args.out,
+        recipe=recipe,
+        labels=args.labels and [label.strip() for label in args.labels.split(",")],
+        split=args.split,
+        unet_weights=args.weights,
+        skip_broken=args.skip_broken,
+    )
+    print(
+        f"{args.out}: {recipe.epochs} epochs. Reads {provenance['reads']}, no text. "
+        f"{provenance['notice']}"
+    )
+    print(f"Next: mdf evaluate CHECKPOINT DATA --reference {args.out}")
+    if args.json:
+        print(json.dumps({"checkpoint": str(args.out), **provenance}))
+    return 0
