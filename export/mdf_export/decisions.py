@@ -26,14 +26,6 @@ class Mean:
         return {"value": self.value, "interval_95": list(self.interval_95)}
 
 
-def log_probabilities(scores: Scores, temperature: float) -> Float64:
-    """Return the labels' calibrated log-probabilities (N, K)."""
-    scaled = scores.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=1, keepdims=True)
-    result: Float64 = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
-    return result
-
-
 def divergences(reference: Float64, candidate: Float64) -> Float64:
     """KL(reference || candidate) of each case, in nats.
 

@@ -24,7 +24,6 @@ from mdf_export.decisions import (
     bootstrap_mean,
     calibration_error,
     divergences,
-    log_probabilities,
     spread,
 )
 from mdf_export.golden import reference_tensors
@@ -41,7 +40,7 @@ from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import PixelSet, batches, stack_pixels
 from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
 from mdf_training.evaluation.evaluate import BATCH_SIZE, Scorer
-from mdf_training.evaluation.statistics import Proportion
+from mdf_training.evaluation.statistics import Proportion, log_probabilities
 
 # Of these the tensors of every block and layer are compared; all cases are scored.
 TENSOR_CASES = 8

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdf_export.calibration import quantizable_linears
-from mdf_export.decisions import Scores, divergences, log_probabilities, spread
+from mdf_export.decisions import Scores, divergences, spread
 from mdf_export.decoder_run import DecoderRun, hold_checkpoint, replaced, rounded_weight
 from mdf_export.planning import plan_engine
 from mdf_export.recipe import ExportRecipe
@@ -26,7 +26,7 @@ from mdf_sdk.manifest import Precision
 from mdf_training.checkpoint import checkpoint_digest
 from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import CasePixels, PixelSet, batches
-from mdf_training.evaluation.statistics import Proportion
+from mdf_training.evaluation.statistics import Proportion, log_probabilities
 
 SENSITIVITY = "sensitivity.json"
 CASES_AT_ONCE = 32  # the stream behind every layer is kept for as many

@@ -254,6 +254,29 @@ class MDFClassifier:
                 scores.append(self._decode(tensors, text, _Clock())[0])
         return np.stack(scores)
 
+    def image_features(self, tower_pixels: Pixels, unet_pixels: Pixels) -> Pixels:
+        """Average what the image encoders give over its places: what a probe looks at.
+
+        Args:
+            tower_pixels, unet_pixels: as for `score`.
+
+        Returns:
+            float32 (B, F): the vision states' average, then that of every U-Net feature map.
+        """
+        features = []
+        for i in range(len(tower_pixels)):
+            one = slice(i, i + 1)
+            with self._admission.enter():
+                states = self._engine.run("vision", {"tower_pixels": tower_pixels[one]})
+                maps = self._engine.run("unet_encoder", {"unet_pixels": unet_pixels[one]})
+                on_host = [
+                    self._engine.backend.to_host(t)[0] for t in (*states.values(), *maps.values())
+                ]
+            tokens, *planes = on_host
+            pooled = [tokens.mean(axis=0), *(plane.mean(axis=(1, 2)) for plane in planes)]
+            features.append(np.concatenate(pooled, dtype=np.float32))
+        return np.stack(features)
+
     def warm_up(self) -> None:
         """Run every shape of a single case once, so that the first prediction is a quick one.
 

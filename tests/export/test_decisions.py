@@ -11,9 +11,9 @@ from mdf_export.decisions import (
     bootstrap_mean,
     calibration_error,
     divergences,
-    log_probabilities,
     spread,
 )
+from mdf_training.evaluation.statistics import log_probabilities
 
 
 def test_the_divergence_of_two_coins_is_the_formulas() -> None:

@@ -233,6 +233,19 @@ def test_scores_of_prepared_pixels_equal_the_predictions(
         assert row.tolist() == pytest.approx(list(alone.scores.values()), abs=1e-5)
 
 
+def test_image_features_are_the_averages_of_what_the_encoders_give(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    tower, unet = to_pixels(photograph, classifier.manifest.image, find_square(photograph))
+    features = classifier.image_features(np.stack([tower, 0 * tower]), np.stack([unet, 0 * unet]))
+    blocks = classifier.manifest.blocks
+    (states,), maps = blocks["vision"].outputs, blocks["unet_encoder"].outputs
+    channels = [int(states.shape[2]), *(int(spec.shape[1]) for spec in maps)]
+    assert features.shape == (2, sum(channels))
+    assert features.dtype == np.float32
+    assert not np.allclose(features[0], features[1])
+
+
 def test_text_only_scores_depend_on_the_text_alone(classifier: MDFClassifier) -> None:
     scores = classifier.text_only_scores(["58 years old", "a", "a"])
     assert scores.shape == (3, len(LABELS))

@@ -300,28 +300,12 @@ class EngineScorer:
         self.mask_kinds = manifest.mask_kinds
         self.score = self._classifier.score
         self.text_only_scores = self._classifier.text_only_scores
+        self.features = self._classifier.image_features
 
     def segment(self, image: npt.NDArray[np.uint8], text: str) -> Float32:
         """As Scorer has it."""
         masks = self._classifier.predict(image, text, mask=True).mask or {}
         return np.stack([masks[kind] for kind in self.mask_kinds])
-
-    def features(self, tower_pixels: Float32, unet_pixels: Float32) -> Float32:
-        """As Scorer has it: vision states, skips and bottleneck, each pooled over its places."""
-        engine, rows = self._classifier._engine, []
-        for i in range(len(tower_pixels)):  # case by case, as `score`
-            one = slice(i, i + 1)
-            states = engine.run("vision", {"tower_pixels": tower_pixels[one]})["vision_states"]
-            maps = engine.run("unet_encoder", {"unet_pixels": unet_pixels[one]})
-            pooled = [
-                engine.backend.to_host(states)[0].mean(axis=0, dtype=np.float32),
-                *(
-                    engine.backend.to_host(m)[0].mean(axis=(1, 2), dtype=np.float32)
-                    for m in maps.values()
-                ),
-            ]
-            rows.append(np.concatenate(pooled))
-        return np.stack(rows)
 
 
 class _Overlap(NamedTuple):
