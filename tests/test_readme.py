@@ -32,7 +32,10 @@ COMMANDS = [
     if line.startswith("mdf ")
 ]
 # These take minutes; test_road.py, test_latency.py and test_soak.py run them.
-LONG = ("mdf train", "mdf evaluate", "mdf benchmark", "mdf soak")
+LONG = tuple(
+    f"mdf {name}"
+    for name in ("train", "evaluate", "benchmark", "soak", "ablate", "baseline", "scaling")
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,20 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -
     (folder / ".demo").mkdir()
     Image.fromarray(SyntheticData(1, 9)[0].image).save(folder / ".demo" / "retina.jpg")
     save_keys(folder)
+    save_cases(folder)
     return folder
+
+
+def save_cases(folder: Path) -> None:
+    """A clinic's own table of case reports, and its photographs."""
+    data = SyntheticData(24, 3)
+    (folder / "photos").mkdir()
+    lines = ["photo,history,disease,case"]
+    for i in range(len(data)):
+        Image.fromarray(data[i].image).save(folder / "photos" / f"{i}.png")
+        disease = ("Stargardt disease", "glaucoma")[data.rows[i].label == "Acquired"]
+        lines.append(f'photos/{i}.png,"{data.rows[i].text}",{disease},{i}')
+    (folder / "cases.csv").write_text("\n".join(lines), encoding="utf-8")
 
 
 def save_keys(folder: Path) -> None:
