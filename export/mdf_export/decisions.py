@@ -1,29 +1,17 @@
 """Label scores of a model and of its reference in, how far their decisions are apart out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from mdf_training.evaluation.statistics import Estimate
 
 Scores = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 RESAMPLES = 2000
 CALIBRATION_BINS = 10  # each of as many cases, by rising confidence
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over cases, with its 95 % bootstrap interval."""
-
-    value: float
-    interval_95: tuple[float, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types; the interval as [low, high]."""
-        return {"value": self.value, "interval_95": list(self.interval_95)}
 
 
 def divergences(reference: Float64, candidate: Float64) -> Float64:
@@ -36,7 +24,7 @@ def divergences(reference: Float64, candidate: Float64) -> Float64:
     return result
 
 
-def bootstrap_mean(values: Float64, patients: Sequence[str]) -> Mean:
+def bootstrap_mean(values: Float64, patients: Sequence[str]) -> Estimate:
     """Average over cases; whole patients are drawn, as their cases hang together.
 
     Percentile bootstrap (Efron, 1979) of RESAMPLES draws from a fixed seed.
@@ -47,7 +35,7 @@ def bootstrap_mean(values: Float64, patients: Sequence[str]) -> Mean:
         len(names), np.full(len(names), 1 / len(names)), RESAMPLES
     )
     low, high = np.percentile((draws @ sums) / (draws @ sizes), [2.5, 97.5])
-    return Mean(float(values.mean()), (float(low), float(high)))
+    return Estimate(float(values.mean()), (float(low), float(high)))
 
 
 def calibration_error(log_probabilities: Float64, truth: npt.NDArray[np.int64]) -> float:

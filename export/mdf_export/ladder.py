@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from mdf_export.decisions import (
     Float64,
-    Mean,
     Scores,
     bootstrap_mean,
     calibration_error,
@@ -40,7 +39,7 @@ from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import PixelSet, batches, stack_pixels
 from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
 from mdf_training.evaluation.evaluate import BATCH_SIZE, Scorer
-from mdf_training.evaluation.statistics import Proportion, log_probabilities
+from mdf_training.evaluation.statistics import Estimate, Proportion, log_probabilities
 
 # Of these the tensors of every block and layer are compared; all cases are scored.
 TENSOR_CASES = 8
@@ -108,7 +107,7 @@ class Rung:
     flips: Proportion
     flipped: tuple[str, ...]
     divergences: Float64
-    kl: Mean
+    kl: Estimate
     calibration_error: float | None
 
     @property
@@ -156,7 +155,7 @@ class Step:
 
     before: Path
     after: Path
-    kl_removed: Mean
+    kl_removed: Estimate
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mdf_export.decisions import Mean
 from mdf_export.ladder import Ladder
 from mdf_export.sensitivity import LinearDamage, Sensitivity
 from mdf_sdk.manifest import Manifest
+from mdf_training.evaluation.statistics import Estimate
 
 
 def format_ladder(ladder: Ladder) -> str:
@@ -173,7 +173,7 @@ def _precision(manifest: Manifest) -> str:
     return " ".join(words)
 
 
-def _interval(mean: Mean) -> str:
+def _interval(mean: Estimate) -> str:
     low, high = mean.interval_95
     return f"{low:.2e} to {high:.2e}"
 

@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,9 +21,11 @@ from mdf_sdk.staging import staged_directory
 from mdf_training.config import ModelConfig
 from mdf_training.distributed import local_rows, whole
 from mdf_training.model import MDFModel, build_model
+from mdf_training.weight_files import is_finite, join_problems, open_shard
 
 CONFIG, TOKENIZER, PROVENANCE = "config.json", "tokenizer.json", "provenance.json"
 MAX_SHARD_SIZE = "4GB"
+COPY_AGAIN = "Copy the checkpoint again."
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class TensorFiles:
         self._files: dict[str, Path] = {}
         self.shapes: dict[str, list[int]] = {}
         for path in sorted(folder.glob(f"{stem}*.safetensors")):
-            with _open_shard(path) as shard:
+            with open_shard(path, COPY_AGAIN) as shard:
                 for name in shard.keys():  # noqa: SIM118
                     self._files[name] = path
                     self.shapes[name] = shard.get_slice(name).get_shape()
@@ -191,10 +192,9 @@ class TensorFiles:
 
     def _read(self, name: str, rows: slice | None) -> Tensor:
         path = self._files[name]
-        with _open_shard(path) as shard:  # closed each time: an open one keeps its pages in memory
+        with open_shard(path, COPY_AGAIN) as shard:
             tensor: Tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
-        # NaN and infinity both reach the extremes; isfinite would copy the tensor thrice.
-        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"{path}: found NaN or infinity in {name}, expected finite weights. Copy the "
                 "checkpoint again, or go back to an earlier one."
@@ -226,9 +226,8 @@ class CheckpointTensors(TensorFiles):
             if name in shapes and shapes[name] != list(want.shape)
         ]
         if problems:
-            more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
             raise CheckpointError(
-                f"{folder}: the tensors do not fit config.json: {'; '.join(problems[:10])}{more}. "
+                f"{folder}: the tensors do not fit config.json: {join_problems(problems)}. "
                 "Copy the checkpoint again, or train it with `mdf train`."
             )
 
@@ -252,17 +251,6 @@ def checkpoint_digest(folder: Path) -> str:
             while chunk := file.read(1 << 20):
                 total.update(chunk)
     return total.hexdigest()
-
-
-@contextmanager
-def _open_shard(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as shard:
-            yield shard
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: {error}; expected a safetensors file. Copy the checkpoint again."
-        ) from None
 
 
 def _read_text(path: Path) -> str:

@@ -1,12 +1,11 @@
 """`mdf train`: a command line in, a checkpoint out."""
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 from mdf_sdk.extras import import_extra
-from mdf_training.arguments import names
+from mdf_training.arguments import add_json, add_recipe, names, read_recipe
 
 
 def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -40,8 +39,7 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="DIR",
         help="your copy of Llama-3.2-11B-Vision or -Instruct: a Hugging Face directory",
     )
-    parser.add_argument("--epochs", type=int, help="the preset's own number when left out")
-    parser.add_argument("--seed", type=int, default=0)
+    add_recipe(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument(
         "--split", type=Path, metavar="FILE", help="train on its part train (see mdf split)"
@@ -52,20 +50,13 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--allow-label-words", action="store_true", help="train on texts that name the label"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    add_json(parser)
     parser.set_defaults(run=run_train)
 
 
 def run_train(args: argparse.Namespace) -> int:
     """Train; the first process says where the checkpoint is."""
-    from mdf_training.config import load_preset
-    from mdf_training.recipes import RECIPES
-
-    recipe = dataclasses.replace(RECIPES[load_preset(args.preset).preset], seed=args.seed)
-    if args.epochs is not None:
-        recipe = dataclasses.replace(recipe, epochs=args.epochs)
+    recipe = read_recipe(args)
     processes = import_extra("mdf_training.distributed", "training").Processes.join()
     train = import_extra("mdf_training.trainer", "training").train
     provenance = train(

@@ -129,9 +129,9 @@ class ModelConfig:
             if isinstance(values["labels"], str) or isinstance(values["mask_kinds"], str):
                 raise TypeError("labels and mask_kinds are lists")
             nested = {
-                "unet": UNetConfig(**_tuples(values["unet"])),
-                "fusion": FusionConfig(**_tuples(values["fusion"])),
-                "image": ImageSpec(**_tuples(values["image"])),
+                "unet": UNetConfig(**to_tuples(values["unet"])),
+                "fusion": FusionConfig(**to_tuples(values["fusion"])),
+                "image": ImageSpec(**to_tuples(values["image"])),
                 "prompt": PromptSpec(**values["prompt"]),
                 "labels": tuple(values["labels"]),
                 "mask_kinds": tuple(values["mask_kinds"]),
@@ -144,7 +144,8 @@ class ModelConfig:
             ) from None
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+def to_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config's part: JSON's lists are its tuples."""
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 

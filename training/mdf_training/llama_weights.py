@@ -4,20 +4,19 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from hashlib import sha256
 from math import isclose
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import MllamaConfig
 
 from mdf_sdk.errors import CheckpointError
 from mdf_training.backbone import TILE_TABLES, build_backbone, slice_tile_table, to_mllama_config
 from mdf_training.config import ONE_TILE, PRESETS, ModelConfig
+from mdf_training.weight_files import is_finite, join_problems, open_shard
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # transformers 5 writes the second, with the picture's part inside.
@@ -146,7 +145,8 @@ def check_architecture(folder: str | os.PathLike[str], config: ModelConfig) -> N
     """
     if differences := _differences(Path(folder), config):
         raise CheckpointError(
-            f"{Path(folder) / CONFIG}: is not the preset {config.preset}: {_join(differences)}. "
+            f"{Path(folder) / CONFIG}: is not the preset {config.preset}: "
+            f"{join_problems(differences)}. "
             "Pass the directory of the model that the preset names, or another --preset."
         )
 
@@ -178,7 +178,8 @@ def check_preprocessor(folder: str | os.PathLike[str], config: ModelConfig) -> N
     ]
     if problems:
         raise CheckpointError(
-            f"{path}: the pictures would be prepared otherwise: {_join(problems)}. {COPY_AGAIN}"
+            f"{path}: the pictures would be prepared otherwise: {join_problems(problems)}. "
+            f"{COPY_AGAIN}"
         )
 
 
@@ -246,7 +247,7 @@ def _find_tensors(folder: Path, expected: Mapping[str, list[int]]) -> dict[str, 
     problems = []
     for file in dict.fromkeys(index.values()) if index else [SINGLE]:
         path = folder / file
-        with _open_shard(path) as shard:
+        with open_shard(path, COPY_AGAIN) as shard:
             stored = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
         if index:
             listed = {name for name, place in index.items() if place == file}
@@ -272,7 +273,7 @@ def _find_tensors(folder: Path, expected: Mapping[str, list[int]]) -> dict[str, 
     problems += [f"missing {name}" for name in expected if name not in places]
     if problems:
         raise CheckpointError(
-            f"{folder}: the tensors do not fit {CONFIG}: {_join(problems)}. {COPY_AGAIN}"
+            f"{folder}: the tensors do not fit {CONFIG}: {join_problems(problems)}. {COPY_AGAIN}"
         )
     return places
 
@@ -295,7 +296,9 @@ def _read_index(folder: Path) -> dict[str, str]:
             )
     missing = sorted(file for file in set(index.values()) if not (folder / file).is_file())
     if missing:
-        raise CheckpointError(f"{path}: names {_join(missing)}, not found there. {COPY_AGAIN}")
+        raise CheckpointError(
+            f"{path}: names {join_problems(missing)}, not found there. {COPY_AGAIN}"
+        )
     return index
 
 
@@ -307,25 +310,13 @@ def _rename(name: str) -> str:
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
-    with _open_shard(path) as shard:  # closed each time: an open one keeps its pages in memory
+    with open_shard(path, COPY_AGAIN) as shard:
         tensor: Tensor = shard.get_tensor(name)
-    # NaN and infinity both reach the extremes; isfinite would copy the tensor thrice.
-    if not torch.stack(tensor.aminmax()).isfinite().all():
+    if not is_finite(tensor):
         raise CheckpointError(
             f"{path}: found NaN or infinity in {name}, expected finite weights. {COPY_AGAIN}"
         )
     return tensor
-
-
-@contextmanager
-def _open_shard(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as shard:
-            yield shard
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: {error}; expected a safetensors file. {COPY_AGAIN}"
-        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -343,8 +334,3 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path}: found {type(value).__name__}, expected a JSON object. {COPY_AGAIN}"
         )
     return value
-
-
-def _join(problems: list[str]) -> str:
-    more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return "; ".join(problems[:10]) + more

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from mdf_sdk.extras import import_extra
+from mdf_training.arguments import add_json
 
 
 def add_scaling(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,9 +18,7 @@ def add_scaling(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--batch-size", type=int, help="cases per step, of all processes; the recipe's if left out"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    add_json(parser)
     parser.set_defaults(run=run_scaling)
 
 

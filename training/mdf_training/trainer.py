@@ -111,6 +111,9 @@ def train(
     Raises:
         DataError, CheckpointError: what was given cannot be used.
     """
+    out = Path(out)
+    if not resume:
+        _check_new(out)
     config = load_preset(preset)
     if fusion:
         config = dataclasses.replace(config, fusion=fusion)
@@ -140,12 +143,12 @@ def train(
         "backbone": describe_backbone(backbone) if backbone else None,
         "recipe": asdict(recipe),
     }
-    out = Path(out)
     processes = Processes.join()
     if resume and processes.is_main:
         recover_checkpoint(out)
     processes.wait()
-    _check_target(out, run, resume=resume)
+    if resume:
+        _check_same(out, run)
 
     torch.manual_seed(recipe.seed)
     history: list[dict[str, Any]] = []
@@ -477,15 +480,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _check_target(out: Path, run: Mapping[str, Any], *, resume: bool) -> None:
-    """Refuse a directory that is taken, or one to resume that holds no unfinished run like this."""
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(
-                f"{out}: found something there, expected a new directory. "
-                "Go on with it by --resume, or choose another name."
-            )
-        return
+def _check_new(out: Path) -> None:
+    """Refuse a directory that is taken, before a picture is read."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(
+            f"{out}: found something there, expected a new directory. "
+            "Go on with it by --resume, or choose another name."
+        )
+
+
+def _check_same(out: Path, run: Mapping[str, Any]) -> None:
+    """Refuse to resume what is no unfinished run of these settings."""
     try:
         saved = json.loads((out / TRAINER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

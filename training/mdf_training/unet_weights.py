@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mdf_sdk.errors import CheckpointError
+from mdf_training.weight_files import is_finite, join_problems
 
 # What follows the last feature map a U-Net reads, as timm and torchvision name it.
 _HEAD = re.compile(r"(classifier|fc|conv_head|bn2)\.")
@@ -80,11 +81,10 @@ def load_unet_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> None:
         for name in wanted
         if name in found and found[name].shape != expected[name].shape
     ]
-    problems += [f"{name}: NaN or infinity" for name, t in found.items() if not t.isfinite().all()]
+    problems += [f"{name}: NaN or infinity" for name, t in found.items() if not is_finite(t)]
     if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(
-            f"{path}: the weights do not fit the U-Net encoder: {'; '.join(problems[:10])}{more}. "
+            f"{path}: the weights do not fit the U-Net encoder: {join_problems(problems)}. "
             "Pass the file of the network that the preset names."
         )
     encoder.load_state_dict({**expected, **found})

@@ -11,7 +11,7 @@ from typing import Any
 
 from mdf_sdk.extras import import_extra
 from mdf_sdk.machine import machine_card
-from mdf_training.arguments import names
+from mdf_training.arguments import add_json, names
 
 PACKAGES = ("mdf-mllm", "torch", "transformers", "numpy")
 
@@ -55,9 +55,7 @@ def add_ablate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--mask-kinds", type=names, metavar="A,B,...", help="as for mdf train")
     parser.add_argument("--unet-weights", type=Path, metavar="FILE", help="as for mdf train")
     parser.add_argument("--backbone", type=Path, metavar="DIR", help="as for mdf train")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    add_json(parser)
     parser.set_defaults(run=run_ablate)
 
 

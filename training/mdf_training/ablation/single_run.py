@@ -14,7 +14,7 @@ import torch
 
 from mdf_sdk.machine import cpu_name
 from mdf_training.ablation.runs import HISTORY, PREDICTIONS, REPORT, RUN, write_json
-from mdf_training.config import FusionConfig
+from mdf_training.config import FusionConfig, to_tuples
 from mdf_training.data.folder import open_data
 from mdf_training.data.splits import TEST
 from mdf_training.distributed import Processes
@@ -75,7 +75,7 @@ def _train(
     return train(
         *where,
         recipe=recipe,
-        fusion=FusionConfig(**_tuples(settings["fusion"])),
+        fusion=FusionConfig(**to_tuples(settings["fusion"])),
         resume=(checkpoint / TRAINER).exists(),
         labels=settings["labels"],
         mask_kinds=settings["mask_kinds"],
@@ -83,10 +83,6 @@ def _train(
         unet_weights=read["unet_weights"],
         backbone=read["backbone"],
     )
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
 def _end_with_parent() -> None:

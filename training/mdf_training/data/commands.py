@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mdf_training.arguments import names
+from mdf_training.arguments import add_json, names
 
 DATA_HELP = "folder with labels.csv, or synthetic:COUNT:SEED"
 
@@ -40,7 +40,7 @@ def add_import_data(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument(
         "--allow-label-words", action="store_true", help="import texts that name the diagnosis"
     )
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=run_import_data)
 
 
@@ -77,7 +77,7 @@ def add_check_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser
         metavar="A,B,...",
         help="the labels that may occur; any if left out",
     )
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=run_check_data)
 
 
@@ -127,7 +127,7 @@ def add_split(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="A,B,...",
         help="test on these sources alone; their patients are nowhere else",
     )
-    _add_json(parser)
+    add_json(parser)
     parser.set_defaults(run=run_split)
 
 
@@ -169,12 +169,6 @@ def run_split(args: argparse.Namespace) -> int:
         document = {"split": str(args.out), "seed": args.seed, "parts": counts, "pairs": len(pairs)}
         print(json.dumps(document))
     return 0
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
 
 
 def _listed(counts: dict[str, Any]) -> str:

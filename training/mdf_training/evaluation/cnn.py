@@ -28,7 +28,7 @@ from mdf_sdk.errors import CheckpointError
 from mdf_sdk.manifest import ImageSpec
 from mdf_sdk.staging import check_free, staged_directory
 from mdf_training.checkpoint import CONFIG, PROVENANCE, CheckpointTensors
-from mdf_training.config import load_preset, set_task
+from mdf_training.config import load_preset, set_task, to_tuples
 from mdf_training.data.augmentation import Camera
 from mdf_training.data.folder import drop_broken, open_data
 from mdf_training.data.pixels import PixelSet, batches
@@ -294,12 +294,8 @@ def load_cnn(folder: Path) -> Cnn:
     """
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        image: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values["image"].items()
-        }
-        config = CnnConfig(
-            tuple(values["labels"]), ImageSpec(**image), values["temperature"], values["network"]
-        )
+        image = ImageSpec(**to_tuples(values["image"]))
+        config = CnnConfig(tuple(values["labels"]), image, values["temperature"], values["network"])
         model = Cnn(config).eval()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(

@@ -1,11 +1,11 @@
 """`mdf train-cnn`: a command line in, the checkpoint of the image-only baseline out."""
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 from mdf_sdk.extras import import_extra
+from mdf_training.arguments import add_json, add_recipe, names, read_recipe
 
 
 def add_train_cnn(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,7 +21,7 @@ def add_train_cnn(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--out", type=Path, required=True, metavar="CHECKPOINT", help="new directory"
     )
     parser.add_argument(
-        "--labels", metavar="A,B,...", help="label set; Acquired,Inherited if left out"
+        "--labels", type=names, metavar="A,B,...", help="label set; Acquired,Inherited if left out"
     )
     parser.add_argument(
         "--split", type=Path, metavar="FILE", help="train on its part train (see mdf split)"
@@ -29,32 +29,24 @@ def add_train_cnn(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="ImageNet weights of EfficientNet-Lite0"
     )
-    parser.add_argument("--epochs", type=int, help="the preset's own number when left out")
-    parser.add_argument("--seed", type=int, default=0)
+    add_recipe(parser)
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave out pictures that cannot be read"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    add_json(parser)
     parser.set_defaults(run=run_train_cnn)
 
 
 def run_train_cnn(args: argparse.Namespace) -> int:
     """Train and say where the checkpoint is, and what it leaves unread."""
-    from mdf_training.config import load_preset
-    from mdf_training.recipes import RECIPES
-
-    recipe = dataclasses.replace(RECIPES[load_preset(args.preset).preset], seed=args.seed)
-    if args.epochs is not None:
-        recipe = dataclasses.replace(recipe, epochs=args.epochs)
+    recipe = read_recipe(args)
     cnn = import_extra("mdf_training.evaluation.cnn", "training")
     provenance = cnn.train_cnn(
         args.preset,
         args.data,
         args.out,
         recipe=recipe,
-        labels=args.labels and [label.strip() for label in args.labels.split(",")],
+        labels=args.labels,
         split=args.split,
         unet_weights=args.weights,
         skip_broken=args.skip_broken,

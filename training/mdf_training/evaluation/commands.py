@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdf_sdk.errors import InputError, StorageError
 from mdf_sdk.extras import import_extra
-from mdf_training.arguments import names
+from mdf_training.arguments import add_json, names
 
 if TYPE_CHECKING:  # `mdf --help` starts without them
     import numpy as np
@@ -39,9 +39,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave out, and name, what cannot be read"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    add_json(parser)
     parser.set_defaults(run=run_evaluate)
 
 
@@ -169,9 +167,7 @@ def add_baseline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--split", type=Path, metavar="FILE", help="read a part of it alone (see mdf split)"
     )
     parser.add_argument("--part", help="the part; test if left out")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    add_json(parser)
     parser.set_defaults(run=run_baseline)
 
 
@@ -222,9 +218,7 @@ def add_card(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--out", type=Path, metavar="CARD.md", help="new file; printed when left out"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
+    add_json(parser)
     parser.set_defaults(run=run_card)
 
 
