@@ -9,7 +9,10 @@ from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
 
 
 class HostMemory:
-    """`free_bytes` and `total_bytes` may be set; nothing is taken from them."""
+    """`free_bytes` and `total_bytes` may be set; nothing is taken from them.
+
+    `written` lists the addresses that were copied to.
+    """
 
     kind = "cpu"
     card = "a card played by the host"
@@ -17,6 +20,7 @@ class HostMemory:
 
     def __init__(self, free_bytes: int = 8_000_000_000, total_bytes: int = 8_000_000_000) -> None:
         self.free_bytes, self.total_bytes = free_bytes, total_bytes
+        self.written: list[int] = []
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         owner = np.full(max(1, prod(shape) * dtype.itemsize), 0xFF, np.uint8)  # NaN
@@ -25,6 +29,7 @@ class HostMemory:
     def write(self, *copies: tuple[DeviceArray, Tensor]) -> None:
         for target, source in copies:
             assert (target.shape, target.dtype) == (source.shape, source.dtype)
+            self.written.append(target.pointer)
             _view(target)[...] = _view(source) if isinstance(source, DeviceArray) else source
 
     def to_host(self, source: DeviceArray) -> Array:

@@ -92,6 +92,21 @@ def test_a_kept_photograph_is_not_overwritten_by_another(
     assert scores(again) == scores(first)
 
 
+def test_what_one_block_gives_the_next_is_in_its_place_already(
+    on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]], memory: HostMemory
+) -> None:
+    on_card.predict(pictures[0], TEXTS[0])
+    decoder = on_card._engine.open("decoder")
+    assert isinstance(decoder, onnxruntime_cuda.OnnxRuntimeCudaSession)
+    keys = {p.array.pointer for (name, _), p in decoder._places.items() if "cross_key" in name}
+    assert keys
+    memory.written.clear()
+    on_card.predict(pictures[1], TEXTS[1])
+    assert not keys & set(memory.written)
+    on_card.predict(pictures[0], TEXTS[2])  # its own are kept elsewhere
+    assert keys <= set(memory.written)
+
+
 def test_a_prediction_names_the_card(
     on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]]
 ) -> None:
@@ -108,7 +123,7 @@ def test_prompts_of_similar_length_share_a_shape_and_shapes_share_memory(
     decoder = on_card._engine.open("decoder")
     assert isinstance(decoder, onnxruntime_cuda.OnnxRuntimeCudaSession)
     assert 1 < len(decoder._bindings) <= 3
-    assert sum(name == "cross_key_1" for name, _ in decoder._arrays) == 1
+    assert sum(name == "cross_key_1" for name, _ in decoder._places) == 1
 
 
 def test_warming_up_runs_every_shape(on_card: MDFClassifier) -> None:

@@ -6,6 +6,7 @@ replayed case by case: at the 11B shape the card has enough to do with one.
 """
 
 import io
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -64,7 +65,7 @@ class OnnxRuntimeCuda(CardBackend):
         self._runtime = import_with_cuda() if memory.kind == "cuda" else import_onnxruntime("cpu")
         super().__init__(memory)
         self._directory, self._manifest = engine_dir, manifest
-        self._arrays: dict[tuple[str, tuple[int, ...]], DeviceArray] = {}
+        self._places: _Places = {}
         self.name = f"onnxruntime {self._runtime.__version__}"
 
     def files(self, block: str) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ class OnnxRuntimeCuda(CardBackend):
             _provider_options(self._memory.kind, spec),
         )
         opened = OnnxRuntimeCudaSession(
-            self._runtime, block, session, spec, self._memory, self._arrays
+            self._runtime, block, session, spec, self._memory, self._places
         )
         try:
             opened.capture()
@@ -93,12 +94,35 @@ class OnnxRuntimeCuda(CardBackend):
         return opened
 
 
+class _Place:
+    """A tensor's own memory on the card, and of which array it holds a copy, if any."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.array = array
+        self._copied: tuple[weakref.ref[Any], int] | None = None
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor's values are here already."""
+        if self._copied is None or not isinstance(tensor, DeviceArray):
+            return False
+        owner, pointer = self._copied
+        return owner() is tensor.owner and pointer == tensor.pointer
+
+    def note(self, tensor: Tensor | None) -> None:
+        """Remember what was copied here, or from here; None once its values change."""
+        on_card = isinstance(tensor, DeviceArray)
+        self._copied = (weakref.ref(tensor.owner), tensor.pointer) if on_card else None
+
+
+_Places = dict[tuple[str, tuple[int, ...]], _Place]
+
+
 @dataclass(frozen=True)
 class _Binding:
     """A shape's own inputs and outputs on the card, and the run that reads and writes them."""
 
-    inputs: dict[str, DeviceArray]
-    outputs: dict[str, DeviceArray]
+    inputs: dict[str, _Place]
+    outputs: dict[str, _Place]
     bound: Any
     options: Any
 
@@ -117,12 +141,12 @@ class OnnxRuntimeCudaSession:
         session: Any,
         spec: BlockSpec,
         memory: DeviceMemory,
-        arrays: dict[tuple[str, tuple[int, ...]], DeviceArray],
+        places: _Places,
     ) -> None:
-        """`arrays` holds the places of tensors by name and shape, shared by all blocks: what one
-        writes another reads, and only blocks without a tensor in common run at the same time."""
+        """`places` are the tensors' by name and shape, shared by all blocks: what one writes
+        another reads, and only blocks without a tensor in common run at the same time."""
         self._runtime, self._block, self._session = runtime, block, session
-        self._spec, self._memory, self._arrays = spec, memory, arrays
+        self._spec, self._memory, self._places = spec, memory, places
         self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
         self._thread = ThreadPoolExecutor(1, f"mdf-{block}")
 
@@ -145,7 +169,7 @@ class OnnxRuntimeCudaSession:
     def close(self) -> None:
         self._thread.shutdown()
         self._bindings = {}
-        self._arrays.clear()
+        self._places.clear()
         self._session = None
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,33 +188,43 @@ class OnnxRuntimeCudaSession:
     def _replay(self, inputs: Mapping[str, Tensor]) -> dict[str, DeviceArray]:
         shapes = tuple(inputs[spec.name].shape for spec in self._spec.inputs)
         binding = self._bindings.get(shapes) or self._bind(shapes, graph=len(self._bindings) + 1)
-        self._memory.write(*((array, inputs[name]) for name, array in binding.inputs.items()))
+        news = {name: at for name, at in binding.inputs.items() if not at.holds(inputs[name])}
+        self._memory.write(*((place.array, inputs[name]) for name, place in news.items()))
+        for name, place in news.items():
+            place.note(inputs[name])
+        for place in binding.outputs.values():
+            place.note(None)
         self._session.run_with_iobinding(binding.bound, binding.options)
         self._bindings[shapes] = binding
-        return copy_all(self._memory, binding.outputs)  # the next replay writes over them
+        # The next replay writes over the outputs.
+        own = copy_all(self._memory, {name: at.array for name, at in binding.outputs.items()})
+        for name, place in binding.outputs.items():
+            place.note(own[name])
+        return own
 
     def _bind(self, shapes: Sequence[tuple[int, ...]], graph: int) -> _Binding:
         dimensions: dict[str, int] = {}
         inputs, outputs = {}, {}
         for spec, shape in zip(self._spec.inputs, shapes, strict=True):
             dimensions |= _free_dimensions(spec.shape, shape)
-            inputs[spec.name] = self._array(spec, shape)
+            inputs[spec.name] = self._place(spec, shape)
         for spec in self._spec.outputs:
             shape = tuple(dimensions[d] if isinstance(d, str) else d for d in spec.shape)
-            outputs[spec.name] = self._array(spec, shape)
+            outputs[spec.name] = self._place(spec, shape)
         bound, options = self._session.io_binding(), self._runtime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
-        for bind, arrays in ((bound.bind_input, inputs), (bound.bind_output, outputs)):
-            for name, a in arrays.items():
+        for bind, places in ((bound.bind_input, inputs), (bound.bind_output, outputs)):
+            for name, place in places.items():
+                a = place.array
                 bind(name, self._memory.kind, 0, a.dtype.type, a.shape, a.pointer)
         return _Binding(inputs, outputs, bound, options)
 
-    def _array(self, spec: TensorSpec, shape: tuple[int, ...]) -> DeviceArray:
+    def _place(self, spec: TensorSpec, shape: tuple[int, ...]) -> _Place:
         """The tensor's place on the card, the same wherever it has this shape."""
         key = (spec.name, shape)
-        if key not in self._arrays:
-            self._arrays[key] = self._memory.empty(shape, np.dtype(spec.dtype))
-        return self._arrays[key]
+        if key not in self._places:
+            self._places[key] = _Place(self._memory.empty(shape, np.dtype(spec.dtype)))
+        return self._places[key]
 
 
 def import_with_cuda() -> Any:
