@@ -24,9 +24,8 @@ from mdf_sdk.preprocessing import (
     Pixels,
     Square,
     decode,
-    find_square,
+    prepare,
     read_source,
-    to_pixels,
 )
 from mdf_sdk.prompt import EncodedText
 from mdf_sdk.sessions import Array, Tensor
@@ -326,10 +325,10 @@ class MDFClassifier:
             if kept:
                 known[source.key] = kept.photograph
             if source.key not in known:
-                picture = decode(source)
-                square = find_square(picture)
-                pixels = to_pixels(picture, self.manifest.image, square)
-                known[source.key] = _Photograph(source.key, square, *pixels)
+                spec = self.manifest.image
+                photograph = decode(source, max(spec.tower_px, spec.unet_px))
+                square = photograph.square.times(photograph.scale)
+                known[source.key] = _Photograph(source.key, square, *prepare(photograph, spec))
         return _Case(known[source.key], encoded, clock.ms)
 
     def _predict(self, case: _Case, *, mask: bool, evidence: bool) -> Prediction:

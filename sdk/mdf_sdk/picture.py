@@ -1,6 +1,7 @@
 """A photograph and its prediction in, one picture out: with mask and evidence map beside it."""
 
 import os
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ _WARNING = (255, 190, 70)
 _MASK_COLORS = ((86, 180, 233), (240, 228, 66), (0, 200, 140), (204, 121, 167), (230, 230, 230))
 _FOR, _AGAINST = (255, 70, 30), (40, 120, 255)
 _FULL_COLOR = 0.5  # nats: where every cell moves the log-odds less than this, all stay faint
+_SAME_SQUARE = 0.03  # of its side
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -64,10 +66,12 @@ def save_picture(path: str | os.PathLike[str], image: ImageSource, prediction: P
     """
     check_picture_path(path, image)
     photograph = load_image(image)
-    square = find_square(photograph)
-    if square != prediction.square:
+    found, square = find_square(photograph), prediction.square
+    # A few pixels of difference: a JPEG may have been decoded smaller for the prediction.
+    pairs = zip(astuple(found), astuple(square), strict=True)
+    if max(abs(a - b) for a, b in pairs) > _SAME_SQUARE * square.side:
         raise ImageError(
-            f"image: found its field of view at {square}, expected {prediction.square} as in the "
+            f"image: found its field of view at {found}, expected {square} as in the "
             "prediction. Pass the photograph that was predicted"
         )
     squared: Picture = crop_square(photograph, square, _PANEL_PX)

@@ -6,6 +6,7 @@ Training and the runtime both go through this module, so that they see the same 
 import functools
 import hashlib
 import io
+import itertools
 import os
 import threading
 import warnings
@@ -50,6 +51,9 @@ _FIELD_SHARE = 0.02  # of a row or column: a caption's or a hot pixel's is less
 # public sets has 42. A closed shutter's noise and a small caption stay below it.
 _LEAST_CONTRAST = 8
 _12_BITS = 0xFFF
+_TURNED = range(5, 9)  # EXIF orientations in which width and height change places
+_MOST_STRIPS = 4  # of a picture, resized side by side
+_LEAST_STRIP_PX = 128  # of fewer rows a thread costs more than it saves
 _PHOTOMETRIC = ExifTags.Base.PhotometricInterpretation  # 0 in a TIFF: white is 0
 
 
@@ -60,6 +64,50 @@ class Square:
     left: int
     top: int
     side: int
+
+    def times(self, scale: int) -> "Square":
+        """The same part of a picture `scale` times as large."""
+        return Square(scale * self.left, scale * self.top, scale * self.side)
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A decoded photograph.
+
+    Attributes:
+        image: RGB, upright.
+        scale: the photograph's pixels per side of one of `image`; not 1 only for a JPEG that was
+            asked for smaller.
+        size: width and height of the photograph itself, upright.
+    """
+
+    image: Image.Image
+    scale: int
+    size: tuple[int, int]
+
+    @property
+    def picture(self) -> Picture:
+        """uint8 (H, W, 3), read-only."""
+        return np.asarray(self.image)
+
+    @functools.cached_property
+    def thumbnail(self) -> "_Thumbnail":
+        """The image's brightness, thinned out as that of an array."""
+        width, height = self.image.size
+        step = _step(width, height)
+        # As array[::step, ::step], of which a whole array would be made first.
+        start = 0.5 - step / 2
+        thin = self.image.transform(
+            (-(-width // step), -(-height // step)),
+            Image.Transform.AFFINE,
+            (step, 0, start, 0, step, start),
+        )
+        return _Thumbnail(_brightness(np.asarray(thin)), step, width, height)
+
+    @functools.cached_property
+    def square(self) -> Square:
+        """The part that is classified, in pixels of `image`."""
+        return self.thumbnail.square
 
 
 @dataclass(frozen=True)
@@ -97,7 +145,8 @@ def read_source(source: ImageSource, frame: int | None = None) -> Source:
             f"frame: found {frame} with a decoded image, expected None. Only files have frames"
         )
     if isinstance(source, Image.Image):
-        picture = _to_picture(source, name)
+        check_size(*source.size, name)
+        picture = np.asarray(_to_rgb(source, name))
     elif isinstance(source, np.ndarray):
         picture = _check_array(source)
     else:
@@ -108,21 +157,26 @@ def read_source(source: ImageSource, frame: int | None = None) -> Source:
     return Source(picture, name, _digest(picture.data, picture.shape))
 
 
-def decode(source: Source) -> Picture:
-    """Decode what `read_source` read: uint8 (H, W, 3), RGB, upright; may be read-only.
+def decode(source: Source, least_px: int | None = None) -> Photograph:
+    """Decode what `read_source` read.
+
+    Args:
+        least_px: how many pixels a side its square is wanted to have; None for all there are. A
+            JPEG that has twice, four or eight times as many is decoded to a half, a quarter or an
+            eighth of its sides.
 
     Raises:
         ImageError: not a picture, broken, too small or too large, several without a choice, or
             nothing is to be seen on it.
     """
-    picture = _decode(source)
-    dark, bright = np.percentile(_brightness(picture)[0], (1, 99))
+    photograph = _decode(source, least_px)
+    dark, bright = photograph.thumbnail.percentiles(1, 99)
     if bright - dark < _LEAST_CONTRAST:
         raise ImageError(
             f"{source.name}: found brightness from {dark:.0f} to {bright:.0f} of 255 and nothing "
             "to see, expected a photograph of a retina. Take it again"
         )
-    return picture
+    return photograph
 
 
 def load_image(source: ImageSource, frame: int | None = None) -> Picture:
@@ -142,24 +196,67 @@ def load_image(source: ImageSource, frame: int | None = None) -> Picture:
         ImageError: it cannot be used; says why.
         MissingExtraError: a DICOM file, and pydicom is not installed.
     """
-    return np.require(_decode(read_source(source, frame)), requirements="W")
+    return np.array(_decode(read_source(source, frame)).image)
+
+
+def load_photograph(source: ImageSource, least_px: int | None = None) -> Photograph:
+    """Read and decode a photograph as MDFClassifier does, flat or not.
+
+    Args:
+        source: as for `load_image`.
+        least_px: as for `decode`.
+
+    Raises:
+        ImageError, MissingExtraError: as `load_image`.
+    """
+    return _decode(read_source(source), least_px)
 
 
 def find_square(image: Picture) -> Square:
     """Find the bounding square of the field of view; without a dark surround, of the whole."""
     height, width = image.shape[:2]
-    brightness, step = _brightness(image)
-    bright = brightness > _FIELD_BRIGHTNESS * np.percentile(brightness, 95)
-    columns = np.flatnonzero(bright.mean(axis=0) > _FIELD_SHARE) * step
-    rows = np.flatnonzero(bright.mean(axis=1) > _FIELD_SHARE) * step
-    left, right, top, bottom = 0, width, 0, height
-    if len(columns) and len(rows):
-        left, right = int(columns[0]), min(int(columns[-1]) + step, width)
-        top, bottom = int(rows[0]), min(int(rows[-1]) + step, height)
-    if max(right - left, bottom - top) < min(width, height) // 3:  # a speck, not a field
+    step = _step(width, height)
+    return _Thumbnail(_brightness(image[::step, ::step]), step, width, height).square
+
+
+@dataclass(frozen=True)
+class _Thumbnail:
+    """Brightness, uint8 (h, w), of every `step`th pixel of a picture."""
+
+    brightness: Picture
+    step: int
+    width: int
+    height: int
+
+    @functools.cached_property
+    def _ranks(self) -> npt.NDArray[np.intp]:
+        """How many pixels are as bright as each of 256 values, or darker."""
+        return np.bincount(self.brightness.ravel(), minlength=256).cumsum()
+
+    def percentiles(self, *percents: float) -> list[float]:
+        """As numpy's, which sorts."""
+        places = (self.brightness.size - 1) * np.asarray(percents) / 100
+        low, high = (
+            np.searchsorted(self._ranks, whole(places), side="right")
+            for whole in (np.floor, np.ceil)
+        )
+        values: list[float] = (low + (high - low) * (places % 1)).tolist()
+        return values
+
+    @property
+    def square(self) -> Square:
+        step, width, height = self.step, self.width, self.height
+        bright = self.brightness > _FIELD_BRIGHTNESS * self.percentiles(95)[0]
+        columns = np.flatnonzero(bright.mean(axis=0) > _FIELD_SHARE) * step
+        rows = np.flatnonzero(bright.mean(axis=1) > _FIELD_SHARE) * step
         left, right, top, bottom = 0, width, 0, height
-    side = max(right - left, bottom - top)
-    return Square((left + right - side) // 2, (top + bottom - side) // 2, side)
+        if len(columns) and len(rows):
+            left, right = int(columns[0]), min(int(columns[-1]) + step, width)
+            top, bottom = int(rows[0]), min(int(rows[-1]) + step, height)
+        if max(right - left, bottom - top) < min(width, height) // 3:  # a speck, not a field
+            left, right, top, bottom = 0, width, 0, height
+        side = max(right - left, bottom - top)
+        return Square((left + right - side) // 2, (top + bottom - side) // 2, side)
 
 
 def crop_square(
@@ -174,11 +271,13 @@ def crop_square(
     Returns:
         Same dtype, (side_px, side_px, 3) or (side_px, side_px).
     """
-    squared = _cut(array, square)
+    squared = _cut(Image.fromarray(array), square)
     if nearest:
         return np.array(squared.resize((side_px, side_px), Image.Resampling.NEAREST))
-    factor = _factor(square, side_px)
-    return np.array(_resize(squared.reduce(factor), square.side / factor, side_px))
+    factor = _factor(square.side, side_px)
+    reduced = squared.reduce(factor)
+    strips = [_resize(reduced, square.side / factor, side_px, rows) for rows in _strips(side_px)]
+    return np.concatenate(strips)
 
 
 def to_pixels(
@@ -193,28 +292,62 @@ def to_pixels(
     Returns:
         float32 (3, tower_px, tower_px) and (3, unet_px, unet_px): (value / 255 - mean) / std.
     """
-    square = square or find_square(image)
-    squared = _cut(image, square)
-    factors = {side_px: _factor(square, side_px) for side_px in (spec.tower_px, spec.unet_px)}
+    return _square_pixels(_cut(Image.fromarray(image), square or find_square(image)), spec)
+
+
+def prepare(photograph: Photograph, spec: ImageSpec) -> tuple[Pixels, Pixels]:
+    """Square, resize and normalize; returns what `to_pixels` does."""
+    return _square_pixels(_cut(photograph.image, photograph.square), spec)
+
+
+def _square_pixels(squared: Image.Image, spec: ImageSpec) -> tuple[Pixels, Pixels]:
+    wanted = (
+        (spec.tower_px, spec.tower_mean, spec.tower_std),
+        (spec.unet_px, spec.unet_mean, spec.unet_std),
+    )
+    factors = {side_px: _factor(squared.width, side_px) for side_px, _, _ in wanted}
     reduced = {factor: squared.reduce(factor) for factor in set(factors.values())}
+    tower, unet = (np.empty((3, side_px, side_px), np.float32) for side_px, _, _ in wanted)
 
-    def prepare(side_px: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
+    def fill(
+        pixels: Pixels,
+        side_px: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        rows: tuple[int, int],
+    ) -> None:
         factor = factors[side_px]
-        picture = _resize(reduced[factor], square.side / factor, side_px)
-        return normalize(np.asarray(picture), mean, std)
+        strip = _resize(reduced[factor], squared.width / factor, side_px, rows)
+        _normalize(strip, mean, std, pixels[:, slice(*rows)])
 
-    # Pillow resizes without holding Python's lock.
-    unet = _beside(os.getpid()).submit(prepare, spec.unet_px, spec.unet_mean, spec.unet_std)
-    return prepare(spec.tower_px, spec.tower_mean, spec.tower_std), unet.result()
+    # Pillow and numpy let go of Python's lock.
+    threads = _beside(os.getpid())
+    first, *others = (
+        (pixels, *how, rows)
+        for pixels, how in zip((tower, unet), wanted, strict=True)
+        for rows in _strips(how[0])
+    )
+    later = [threads.submit(fill, *strip) for strip in others]
+    fill(*first)
+    for strip in later:
+        strip.result()
+    return tower, unet
 
 
 def normalize(picture: Picture, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
+    """Return float32 (3, H, W): (value / 255 - mean) / std."""
+    pixels = np.empty((3, *picture.shape[:2]), np.float32)
+    _normalize(picture, mean, std, pixels)
+    return pixels
+
+
+def _normalize(
+    picture: Picture, mean: tuple[float, ...], std: tuple[float, ...], pixels: Pixels
+) -> None:
     scale = (1 / (255 * np.asarray(std))).astype(np.float32)
     shift = (np.asarray(mean) / np.asarray(std)).astype(np.float32)
-    planes = np.ascontiguousarray(picture.transpose(2, 0, 1))  # (3, S, S)
-    pixels: Pixels = planes * scale[:, None, None]
+    np.multiply(picture.transpose(2, 0, 1), scale[:, None, None], out=pixels)
     pixels -= shift[:, None, None]
-    return pixels
 
 
 @functools.cache
@@ -245,33 +378,43 @@ def check_frame(frame: int | None, frames: int, name: str) -> int:
     return frame or 0
 
 
-def _brightness(image: Picture) -> tuple[Picture, int]:
-    """Thin a photograph out to some 256 px: uint8 (h, w), each pixel's largest color; the step."""
-    step = max(1, max(image.shape[:2]) // _THUMBNAIL_PX)
-    red, green, blue = image[::step, ::step].transpose(2, 0, 1)
-    return np.maximum(np.maximum(red, green), blue), step  # 40 times as fast as max(axis=2)
+def _step(width: int, height: int) -> int:
+    """Of which pixels in a row or column a thumbnail of some 256 px consists."""
+    return max(1, max(width, height) // _THUMBNAIL_PX)
 
 
-def _cut(array: npt.NDArray[Any], square: Square) -> Image.Image:
-    left, top = max(square.left, 0), max(square.top, 0)
+def _brightness(picture: Picture) -> Picture:
+    """Each pixel's largest color: uint8 (h, w)."""
+    red, green, blue = picture.transpose(2, 0, 1)
+    return np.maximum(np.maximum(red, green), blue)  # 40 times as fast as max(axis=2)
+
+
+def _cut(image: Image.Image, square: Square) -> Image.Image:
     right, bottom = square.left + square.side, square.top + square.side
-    image = Image.fromarray(array[top:bottom, left:right])
-    if image.size == (square.side, square.side):
-        return image
-    return image.crop((square.left - left, square.top - top, right - left, bottom - top))
+    return image.crop((square.left, square.top, right, bottom))
 
 
-def _factor(square: Square, side_px: int) -> int:
+def _factor(side: int, side_px: int) -> int:
     """The side of the blocks to average before a resize, which halves its time."""
-    return max(1, square.side // side_px)
+    return max(1, side // side_px)
 
 
-def _resize(reduced: Image.Image, side: float, side_px: int) -> Image.Image:
-    """Resize a square that was reduced to `side`, bilinear with antialiasing.
+def _strips(side_px: int) -> list[tuple[int, int]]:
+    """First row and end of each strip that a thread resizes; how many depends on the size alone."""
+    count = max(1, min(_MOST_STRIPS, side_px // _LEAST_STRIP_PX))
+    ends = [side_px * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(ends))
 
-    The same as Pillow's `reducing_gap=1.0`, but two sizes may share one reduction.
+
+def _resize(reduced: Image.Image, side: float, side_px: int, rows: tuple[int, int]) -> Picture:
+    """Resize a square that was reduced to `side`, bilinear with antialiasing; some of its rows.
+
+    The same as Pillow's `reducing_gap=1.0`, but two sizes may share one reduction. Cut into strips,
+    a few values in 1,000 round the other way.
     """
-    return reduced.resize((side_px, side_px), Image.Resampling.BILINEAR, (0, 0, side, side))
+    start, end = rows
+    box = (0, side * start / side_px, side, min(side * end / side_px, side))
+    return np.asarray(reduced.resize((side_px, end - start), Image.Resampling.BILINEAR, box))
 
 
 def _digest(content: bytes | memoryview, *more: object) -> bytes:
@@ -311,22 +454,48 @@ def _check_array(array: npt.NDArray[Any]) -> Picture:
     return np.ascontiguousarray(array)
 
 
-def _decode(source: Source) -> Picture:
+def _decode(source: Source, least_px: int | None = None) -> Photograph:
     data, name = source.data, source.name
     if not isinstance(data, bytes):
-        return data
+        image = Image.fromarray(data)
+        return Photograph(image, 1, image.size)
     if not data:
         raise ImageError(f"{name}: found no bytes, {_EXPECTED}")
     if data[128:132] == b"DICM":
         dicom = import_extra("mdf_sdk.dicom", "dicom")
         with no_warnings:
-            return _to_picture(dicom.read_frame(data, name, source.frame), name)
-    with (
-        _pillow_errors(name),
-        Image.open(io.BytesIO(data), formats=FORMATS) as image,
-    ):
-        image.seek(check_frame(source.frame, _count_frames(image), name))
-        return _to_picture(image, name)
+            image = _to_rgb(dicom.read_frame(data, name, source.frame), name)
+        return Photograph(image, 1, image.size)
+    least_px = max(least_px, _THUMBNAIL_PX) if least_px else MAX_SIDE_PX
+    scale = 8
+    while True:
+        with (
+            _pillow_errors(name),
+            Image.open(io.BytesIO(data), formats=FORMATS) as file,
+        ):
+            file.seek(check_frame(source.frame, _count_frames(file), name))
+            check_size(*file.size, name)  # before anything is decoded
+            size, scale = file.size, _shrink(file, scale, least_px)
+            image = _to_rgb(file, name)
+            if file.getexif().get(ExifTags.Base.Orientation) in _TURNED:
+                size = size[::-1]
+            photograph = Photograph(image, scale, size)
+        if scale == 1 or photograph.square.side >= least_px:
+            return photograph
+        scale //= 2
+
+
+def _shrink(image: Image.Image, most: int, least_px: int) -> int:
+    """Let a JPEG's decoder leave out what would be averaged away; return by how much it shrinks.
+
+    A cosine transform of fewer coefficients is a picture of 1/2, 1/4 or 1/8 of the sides.
+    """
+    scale = most if image.format in ("JPEG", "MPO") else 1
+    while scale > 1 and min(image.size) < scale * least_px:
+        scale //= 2
+    if scale > 1:
+        image.draft(None, (image.width // scale, image.height // scale))
+    return scale
 
 
 def _count_frames(image: Image.Image) -> int:
@@ -342,9 +511,8 @@ def _count_frames(image: Image.Image) -> int:
     return _MAX_FRAMES
 
 
-def _to_picture(image: Image.Image, name: str) -> Picture:
-    """Convert to uint8 (H, W, 3), sRGB, upright, black where transparent; may be read-only."""
-    check_size(*image.size, name)  # before anything is decoded
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Convert to sRGB, upright, black where transparent."""
     with _pillow_errors(name):
         # Of 16 bits of color Pillow keeps the upper 8.
         deep_color = not image.mode.startswith("I") and ";16" in str(getattr(image, "tile", ""))
@@ -362,13 +530,14 @@ def _to_picture(image: Image.Image, name: str) -> Picture:
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-        picture = np.asarray(_to_srgb(image, profile))
-        if deep_color and picture.max() <= _12_BITS >> 8:
+        image = _to_srgb(image, profile)
+        image.load()
+        if deep_color and np.asarray(image).max() <= _12_BITS >> 8:
             raise ImageError(
                 f"{name}: found 12 bits or less in a color file of 16, of which only 4 can be "
                 "read, expected the whole range. Save it with 8 bits a channel"
             )
-        return picture
+        return image
 
 
 def _to_8_bits(image: Image.Image, name: str, white_is_0: bool) -> Image.Image:

@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["mdf_sdk", "PIL", "pydicom"]):
     import mdf_sdk.dicom
     from mdf_sdk.integrity import check_files
     from mdf_sdk.manifest import parse_manifest
-    from mdf_sdk.preprocessing import decode, find_square, read_source
+    from mdf_sdk.preprocessing import decode, read_source
 
     PIL.Image.init()  # imports its readers, which it would do later and uninstrumented
 
@@ -65,7 +65,8 @@ def enter_manifest(data: bytes) -> None:
 
 def enter_image(data: bytes) -> None:
     try:
-        find_square(decode(read_source(data, frame=None if len(data) % 2 else 0)))
+        source = read_source(data, frame=None if len(data) % 2 else 0)
+        assert decode(source, least_px=64).square.side
     except mdf_sdk.MDFError:
         return
 

@@ -8,13 +8,13 @@ import pytest
 
 from mdf_sdk import MDFError
 from mdf_sdk.manifest import parse_manifest
-from mdf_sdk.preprocessing import decode, find_square, read_source
+from mdf_sdk.preprocessing import decode, read_source
 
 CORPUS = Path(__file__).parent / "corpus"
 
 
 def enter_image(data: bytes) -> None:
-    find_square(decode(read_source(data)))
+    assert decode(read_source(data), least_px=64).square.side
 
 
 ENTRIES: dict[str, Callable[[bytes], Any]] = {

@@ -235,7 +235,7 @@ def test_a_photograph_on_which_nothing_is_to_be_seen_is_refused(picture: Picture
 def test_the_flattest_photograph_that_was_found_is_decoded() -> None:
     gradient = np.linspace(60, 100, 400).astype(np.uint8)  # of 1,458, the least was 42 of 255
     picture = np.tile(gradient[None, :, None], (300, 1, 3))
-    np.testing.assert_array_equal(decode(read_source(picture)), picture)
+    np.testing.assert_array_equal(decode(read_source(picture)).picture, picture)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +413,18 @@ def test_a_crop_is_what_pillow_makes_of_it_in_one_call(side: int, side_px: int) 
     expected = whole.resize((side_px, side_px), bilinear, reducing_gap=1.0)
     crop = crop_square(picture, Square(-5, 3, side), side_px)
     np.testing.assert_array_equal(crop, np.asarray(expected))
+
+
+@pytest.mark.parametrize("side_px", [300, 512, 560])
+def test_a_crop_in_strips_is_the_whole_to_rounding(photograph: Picture, side_px: int) -> None:
+    square = Square(-5, 3, 677)
+    picture = np.asarray(Image.fromarray(photograph).resize((800, 700)))
+    whole = Image.fromarray(picture).crop((-5, 3, 672, 680))
+    bilinear = Image.Resampling.BILINEAR
+    expected = np.asarray(whole.resize((side_px, side_px), bilinear, reducing_gap=1.0))
+    off = np.abs(crop_square(picture, square, side_px).astype(int) - expected)
+    assert off.max() <= 1
+    assert off.mean() < 0.01
 
 
 def test_overlapping_calls_leave_the_warning_filters_as_they_were() -> None:

@@ -26,14 +26,20 @@ class Case(Row):
     Args:
         image: uint8 (H, W, 3), RGB, 0 to 255.
         masks: kind -> bool (H, W). A kind that is absent was not annotated; it is not empty.
+        scale: pixels of a mask per side of one of the image, which may have been decoded smaller.
     """
 
     image: NDArray[np.uint8]
     masks: Mapping[str, NDArray[np.bool_]]
+    scale: int = 1
 
 
 class DataSet(Protocol):
-    """Cases in a fixed order; `rows` costs nothing, `data[i]` reads or renders the picture."""
+    """Cases in a fixed order; `rows` costs nothing, `data[i]` reads or renders the picture.
+
+    `read(i, least_px)` is the same case as MDFClassifier would see it, whose larger input has so
+    many pixels a side: a JPEG that is much larger comes smaller.
+    """
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -50,6 +56,8 @@ class DataSet(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Case: ...
+
+    def read(self, index: int, least_px: int | None) -> Case: ...
 
 
 class Subset:
@@ -70,3 +78,6 @@ class Subset:
 
     def __getitem__(self, index: int) -> Case:
         return self.data[self.indices[index]]
+
+    def read(self, index: int, least_px: int | None) -> Case:
+        return self.data.read(self.indices[index], least_px)

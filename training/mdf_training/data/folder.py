@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mdf_sdk.errors import DataError, ImageError, InputError
-from mdf_sdk.preprocessing import load_image
+from mdf_sdk.preprocessing import Photograph, load_photograph
 from mdf_sdk.staging import staged_directory
 from mdf_training.data.cases import Case, DataSet, Row, Subset
 from mdf_training.data.splits import load_split
@@ -55,19 +55,22 @@ class FolderData:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Case:
+        return self.read(index, None)
+
+    def read(self, index: int, least_px: int | None) -> Case:
         row = self.rows[index]
         where = f"{self.folder / 'labels.csv'}, row {self._row_numbers[index]}"
-        image = _read_picture(self.folder / row.file, f"{where}, column file")
+        photograph = _read_picture(self.folder / row.file, f"{where}, column file", least_px)
         masks = {}
         for kind, name in self._mask_files[index].items():
             mask = read_mask(self.folder / name, f"{where}, column mask")
-            if mask.shape != image.shape[:2]:
+            if mask.shape[::-1] != photograph.size:
                 raise DataError(
-                    f"{where}, column mask: {name} is {_size(mask)} px,"
-                    f" expected the size of its picture {row.file}, {_size(image)} px"
+                    f"{where}, column mask: {name} is {_size(*mask.shape[::-1])} px,"
+                    f" expected the size of its picture {row.file}, {_size(*photograph.size)} px"
                 )
             masks[kind] = mask
-        return Case(**asdict(row), image=image, masks=masks)
+        return Case(**asdict(row), image=photograph.picture, masks=masks, scale=photograph.scale)
 
 
 def open_data(
@@ -283,10 +286,10 @@ def parse_masks(cell: str) -> dict[str, str]:
     return masks
 
 
-def _read_picture(path: Path, where: str) -> NDArray[np.uint8]:
-    """Read a picture as the SDK does: uint8 (H, W, 3), RGB, upright."""
+def _read_picture(path: Path, where: str, least_px: int | None) -> Photograph:
+    """Read a picture as the SDK does."""
     try:
-        return load_image(path)
+        return load_photograph(path, least_px)
     except ImageError as error:
         raise DataError(f"{where}: {error}") from error
 
@@ -311,5 +314,5 @@ def _open_image(path: Path, where: str) -> Image.Image:
         raise DataError(f"{where}: {path} cannot be read ({error}), expected a picture") from error
 
 
-def _size(array: NDArray[np.generic]) -> str:
-    return f"{array.shape[1]} x {array.shape[0]}"
+def _size(width: int, height: int) -> str:
+    return f"{width} x {height}"

@@ -80,12 +80,14 @@ class PixelSet:
         )
 
     def _read_squares(self, index: int) -> tuple[UInt8, UInt8, Bool, Bool]:
-        case, spec = self.data[index], self.spec
+        spec = self.spec
+        case = self.data.read(index, max(spec.tower_px, spec.unet_px))
         square = find_square(case.image)
+        on_masks = square.times(case.scale)
         masks = np.zeros((len(self.mask_kinds), spec.unet_px, spec.unet_px), np.bool_)
         for channel, kind in enumerate(self.mask_kinds):
             if kind in case.masks:
-                masks[channel] = crop_square(case.masks[kind], square, spec.unet_px, nearest=True)
+                masks[channel] = crop_square(case.masks[kind], on_masks, spec.unet_px, nearest=True)
         has_mask = np.array([kind in case.masks for kind in self.mask_kinds], np.bool_)
         tower = crop_square(case.image, square, spec.tower_px)
         return tower, crop_square(case.image, square, spec.unet_px), masks, has_mask

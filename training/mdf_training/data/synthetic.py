@@ -74,6 +74,9 @@ class SyntheticData:
         image, masks = render(self.findings(index).sign, _generator(self.seed, index, "picture"))
         return Case(**asdict(self.rows[index]), image=image, masks=masks)
 
+    def read(self, index: int, least_px: int | None) -> Case:
+        return self[index]
+
     def findings(self, index: int) -> Findings:
         """Give what is behind case `index`."""
         return _draw_findings(_generator(self.seed, index, "findings"))
