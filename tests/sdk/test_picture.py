@@ -65,3 +65,15 @@ def test_another_photograph_than_the_predictions_is_refused(
     with pytest.raises(ImageError, match="Pass the photograph that was predicted"):
         save_picture(tmp_path / "out.png", photograph[:, 40:], prediction)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_jpeg_that_was_decoded_smaller_is_drawn_whole(
+    classifier: MDFClassifier, photograph: Picture, tmp_path: Path
+) -> None:
+    eye = tmp_path / "eye.jpg"
+    Image.fromarray(photograph).resize((1603, 1201)).save(eye, quality=95)
+    prediction = classifier.predict(eye, "a")
+    assert abs(prediction.square.left - 401) < 10  # in the photograph's own pixels
+    assert abs(prediction.square.side - 1002) < 15
+    save_picture(tmp_path / "out.png", eye, prediction)
+    assert (tmp_path / "out.png").exists()

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 from zlib import compress, crc32
@@ -23,12 +24,15 @@ from mdf_sdk.preprocessing import (
     crop_square,
     decode,
     find_square,
+    load_photograph,
     no_warnings,
     normalize,
+    prepare,
     read_source,
     to_pixels,
 )
 
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "fundus" / "images"
 SPEC = ImageSpec(56, 48, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (0.0,) * 3, (1.0,) * 3)
 Picture = npt.NDArray[np.uint8]
 
@@ -330,6 +334,131 @@ def test_a_damaged_file_gives_a_picture_or_an_image_error(at: int, value: int, k
         return
     assert picture.dtype == np.uint8
     assert picture.ndim == 3
+
+
+@pytest.fixture(scope="session")
+def large() -> Image.Image:
+    """A round field of 900 px with detail, off the center of 1,200 x 1,000 px."""
+    rng = np.random.default_rng(0)
+    grain = Image.fromarray(rng.integers(60, 200, (150, 180, 3), np.uint8))
+    picture = np.array(grain.resize((1200, 1000), Image.Resampling.BICUBIC))
+    rows, columns = np.mgrid[:1000, :1200]
+    picture[(rows - 500) ** 2 + (columns - 620) ** 2 > 450**2] = 0
+    return Image.fromarray(picture)
+
+
+@pytest.mark.parametrize(
+    ("least_px", "scale"), [(None, 1), (1000, 1), (460, 1), (440, 2), (260, 2), (10, 2)]
+)
+def test_a_jpeg_is_decoded_no_larger_than_is_needed(
+    large: Image.Image, least_px: int | None, scale: int
+) -> None:
+    found = decode(read_source(encoded(large, "JPEG", quality=95)), least_px)
+    assert (found.scale, found.size) == (scale, (1200, 1000))
+    assert found.image.size == (1200 // scale, 1000 // scale)
+
+
+def test_a_very_large_jpeg_is_decoded_to_a_quarter(large: Image.Image) -> None:
+    found = decode(read_source(encoded(large.resize((2400, 2000)), "JPEG")), 400)
+    assert (found.scale, found.image.size) == (4, (600, 500))
+
+
+def test_a_field_of_view_that_would_come_out_too_small_is_decoded_larger() -> None:
+    small = np.zeros((1000, 1200, 3), np.uint8)
+    small[300:700, 400:800] = 200  # 400 of 1,000 px
+    found = decode(read_source(encoded(Image.fromarray(small), "JPEG")), 300)
+    assert found.scale == 1
+    assert abs(found.square.side - 400) < 8
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_smaller_decode_gives_the_pixels_of_the_whole(
+    large: Image.Image, mode: str, progressive: bool
+) -> None:
+    data = encoded(large.convert(mode), "JPEG", quality=95, progressive=progressive)
+    spec = ImageSpec(400, 280, (0.0,) * 3, (1.0,) * 3, (0.0,) * 3, (1.0,) * 3)
+    smaller, whole = decode(read_source(data), 400), decode(read_source(data))
+    square = smaller.square.times(smaller.scale)
+    assert smaller.scale == 2
+    for field, other in zip(astuple(square), astuple(whole.square), strict=True):
+        assert abs(field - other) <= 6
+    for found, expected in zip(
+        prepare(smaller, spec), to_pixels(whole.picture, spec, square), strict=True
+    ):
+        off = 255 * np.abs(found - expected)
+        assert off.mean() < 2
+        assert off.max() < 30  # on the edge of the field
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_smaller_decode_is_upright_too(large: Image.Image, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source = read_source(encoded(large, "JPEG", quality=95, exif=exif))
+    smaller, whole = decode(source, 450), decode(source)
+    assert smaller.scale == 2
+    assert smaller.size == whole.size == whole.image.size
+    assert smaller.image.size == (whole.size[0] // 2, whole.size[1] // 2)
+    halved = np.asarray(whole.image.reduce(2)).astype(int)
+    assert np.abs(smaller.picture - halved).mean() < 2
+
+
+def test_other_formats_are_decoded_whole(large: Image.Image) -> None:
+    for kind in ("PNG", "WEBP", "TIFF"):
+        assert decode(read_source(encoded(large, kind)), 300).scale == 1
+
+
+def test_a_large_jpeg_that_ends_early_is_refused(large: Image.Image) -> None:
+    data = encoded(large, "JPEG")
+    for end in (len(data) // 3, len(data) - 500):
+        with pytest.raises(ImageError, match="broken"):
+            decode(read_source(data[:end]), 300)
+
+
+def test_a_thumbnail_is_what_slicing_gives() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((513, 700), (300, 1411), (1411, 1000), (64, 64)):
+        picture = rng.integers(0, 256, (*shape, 3), np.uint8)
+        photograph = decode(read_source(picture))
+        step = max(1, max(shape) // 256)
+        expected = picture[::step, ::step].max(axis=2)
+        np.testing.assert_array_equal(photograph.thumbnail.brightness, expected)
+        assert photograph.square == find_square(picture)
+
+
+def test_percentiles_are_numpys() -> None:
+    rng = np.random.default_rng(0)
+    for high in (2, 40, 256):
+        picture = rng.integers(0, high, (77, 91, 3), np.uint8)
+        thumbnail = load_photograph(picture).thumbnail
+        expected = np.percentile(thumbnail.brightness, (0, 1, 33, 95, 99, 100))
+        found = thumbnail.percentiles(0, 1, 33, 95, 99, 100)
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f"no photographs in {PHOTOGRAPHS}")
+def test_a_smaller_decode_of_real_photographs_gives_the_pixels_of_the_whole() -> None:
+    """Where the figures in docs/design.md come from."""
+    spec = ImageSpec(256, 240, (0.0,) * 3, (1.0,) * 3, (0.0,) * 3, (1.0,) * 3)
+    means, largest, moved = [], [], []
+    for path in sorted(PHOTOGRAPHS.iterdir())[::40]:
+        source = read_source(path)
+        smaller, whole = decode(source, 256), decode(source)
+        if smaller.scale == 1:
+            continue
+        square = smaller.square.times(smaller.scale)
+        off = 255 * np.abs(prepare(smaller, spec)[0] - to_pixels(whole.picture, spec, square)[0])
+        means.append(off.mean())
+        largest.append(off.max())
+        pairs = zip(astuple(square), astuple(whole.square), strict=True)
+        moved.append(max(abs(a - b) for a, b in pairs) / square.side)
+    print(
+        f"{len(means)} photographs: mean {np.mean(means):.2f}, at most {max(means):.2f} of 255, "
+        f"one pixel {max(largest):.0f}; the square moved by {max(moved):.2%} of its side at most"
+    )
+    assert max(means) < 1
+    assert max(moved) < 0.01
 
 
 def test_the_square_bounds_the_field_of_view(photograph: Picture) -> None:
