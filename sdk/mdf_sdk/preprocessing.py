@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
 from mdf_sdk.errors import ImageError, MDFError
 from mdf_sdk.extras import import_extra
@@ -102,7 +102,7 @@ class Photograph:
             Image.Transform.AFFINE,
             (step, 0, start, 0, step, start),
         )
-        return _Thumbnail(_brightness(np.asarray(thin)), step, width, height)
+        return _Thumbnail(_brightness(thin), step, width, height)
 
     @functools.cached_property
     def square(self) -> Square:
@@ -216,29 +216,30 @@ def find_square(image: Picture) -> Square:
     """Find the bounding square of the field of view; without a dark surround, of the whole."""
     height, width = image.shape[:2]
     step = _step(width, height)
-    return _Thumbnail(_brightness(image[::step, ::step]), step, width, height).square
+    thin = Image.fromarray(image[::step, ::step])
+    return _Thumbnail(_brightness(thin), step, width, height).square
 
 
 @dataclass(frozen=True)
 class _Thumbnail:
-    """Brightness, uint8 (h, w), of every `step`th pixel of a picture."""
+    """Brightness, one channel, of every `step`th pixel of a picture."""
 
-    brightness: Picture
+    brightness: Image.Image
     step: int
     width: int
     height: int
 
     @functools.cached_property
-    def _ranks(self) -> npt.NDArray[np.intp]:
+    def _ranks(self) -> npt.NDArray[np.int_]:
         """How many pixels are as bright as each of 256 values, or darker."""
-        return np.bincount(self.brightness.ravel(), minlength=256).cumsum()
+        return np.cumsum(self.brightness.histogram())
 
     def percentiles(self, *percents: float) -> list[float]:
         """As numpy's, which sorts."""
-        places = (self.brightness.size - 1) * np.asarray(percents) / 100
+        ranks = self._ranks
+        places = (ranks[-1] - 1) * np.asarray(percents) / 100
         low, high = (
-            np.searchsorted(self._ranks, whole(places), side="right")
-            for whole in (np.floor, np.ceil)
+            np.searchsorted(ranks, whole(places), side="right") for whole in (np.floor, np.ceil)
         )
         values: list[float] = (low + (high - low) * (places % 1)).tolist()
         return values
@@ -246,7 +247,7 @@ class _Thumbnail:
     @property
     def square(self) -> Square:
         step, width, height = self.step, self.width, self.height
-        bright = self.brightness > _FIELD_BRIGHTNESS * self.percentiles(95)[0]
+        bright = np.asarray(self.brightness) > _FIELD_BRIGHTNESS * self.percentiles(95)[0]
         columns = np.flatnonzero(bright.mean(axis=0) > _FIELD_SHARE) * step
         rows = np.flatnonzero(bright.mean(axis=1) > _FIELD_SHARE) * step
         left, right, top, bottom = 0, width, 0, height
@@ -383,10 +384,10 @@ def _step(width: int, height: int) -> int:
     return max(1, max(width, height) // _THUMBNAIL_PX)
 
 
-def _brightness(picture: Picture) -> Picture:
-    """Each pixel's largest color: uint8 (h, w)."""
-    red, green, blue = picture.transpose(2, 0, 1)
-    return np.maximum(np.maximum(red, green), blue)  # 40 times as fast as max(axis=2)
+def _brightness(image: Image.Image) -> Image.Image:
+    """Each pixel's largest color."""
+    red, green, blue = image.split()
+    return ImageChops.lighter(ImageChops.lighter(red, green), blue)
 
 
 def _cut(image: Image.Image, square: Square) -> Image.Image:
