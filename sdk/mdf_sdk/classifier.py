@@ -100,8 +100,8 @@ class MDFClassifier:
     ) -> None:
         """Args:
             engine_dir: what `mdf export` made. Every file is hashed before any of it is parsed.
-            device: "tensorrt", "cuda", "cpu", or "auto" for the fastest that works here; `mdf
-                doctor` says why another does not.
+            device: "tensorrt", "cuda", "cpu", or "auto" for the fastest that works here and has the
+                memory; `mdf doctor` says why another does not.
             threads: CPU threads of one block; None leaves it to the runtime.
             trusted_key: an Ed25519 public key, PEM or its path. With one, an engine that this key
                 did not sign is refused before anything of it is parsed.
@@ -129,6 +129,7 @@ class MDFClassifier:
             device=backend.device,
             card=backend.card,
             manifest_sha256=self._engine.manifest_sha256,
+            passed_over=self._engine.passed_over,
         )
         self._admission = Admission(backend.slots, max_waiting)
         self._beside = ThreadPoolExecutor(1, "mdf-beside") if backend.overlaps else None

@@ -21,6 +21,7 @@ import numpy as np
 from mdf_sdk.errors import MDFError
 from mdf_sdk.machine import machine_card
 from mdf_sdk.manifest import load_manifest
+from mdf_sdk.memory import check_memory
 from mdf_sdk.sessions import DEVICES, open_backend
 
 LIMIT_S = 300.0  # to hash an engine of 20 GB from a slow disk, and to load it
@@ -46,7 +47,7 @@ class Finding:
     Attributes:
         name: one of DEVICES, or "card".
         works: whether it computed, with the engine if there is one.
-        opens: whether device="auto" would take it: it may still have too little memory.
+        opens: whether device="auto" would take it: its runtime works, and it has the memory.
         detail: what works, or why it does not and what cures it.
     """
 
@@ -185,7 +186,8 @@ def _try(name: str, engine: str | None) -> Finding:
             return Finding(name, True, False, _look_at_card())
         if engine is None:
             return Finding(name, True, True, _try_runtime(name))
-        open_backend(name, Path(engine), load_manifest(engine))
+        manifest = load_manifest(engine)
+        check_memory(manifest, open_backend(name, Path(engine), manifest))
         opens = True
         return Finding(name, True, True, _try_engine(name, engine))
     except MDFError as error:

@@ -1,6 +1,7 @@
 """An engine directory in, its blocks ready to run on named tensors out."""
 
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -9,19 +10,34 @@ from typing import Any, Self
 
 import numpy as np
 
-from mdf_sdk.errors import EngineError, ManifestError
+from mdf_sdk.errors import (
+    BackendUnavailableError,
+    DeviceMemoryError,
+    EngineError,
+    ManifestError,
+)
 from mdf_sdk.integrity import FileCheck
 from mdf_sdk.manifest import (
     EMBEDDINGS_NAME,
     TOKENIZER_NAME,
+    Manifest,
     TrustedKey,
     parse_manifest,
     read_manifest,
 )
 from mdf_sdk.memory import check_memory
 from mdf_sdk.prompt import EncodedText, PromptEncoder
-from mdf_sdk.sessions import Array, DeviceArray, Session, Tensor, open_backend
+from mdf_sdk.sessions import (
+    DEVICES,
+    Array,
+    Backend,
+    DeviceArray,
+    Session,
+    Tensor,
+    open_backend,
+)
 
+_log = logging.getLogger("mdf_sdk")
 _NO_EMBEDDINGS: Array = np.empty((0, 0), np.float16)
 
 
@@ -30,6 +46,10 @@ class Engine:
 
     Tensor names are global: a block takes its inputs by name from all tensors known so far. How
     many threads may run blocks at a time is the backend's to say (`slots`).
+
+    Attributes:
+        passed_over: for device="auto", why each faster device that works is not taken: it has too
+            little free memory.
     """
 
     def __init__(
@@ -60,8 +80,9 @@ class Engine:
         self.manifest_sha256 = hashlib.sha256(data).hexdigest()
         with FileCheck(engine_dir, self.manifest) as check:
             self._check = check
-            self.backend = open_backend(device, self._directory, self.manifest, threads=threads)
-            check_memory(self.manifest, self.backend)
+            self.backend, self.passed_over = _choose_backend(
+                device, self._directory, self.manifest, threads
+            )
             try:
                 check.wait(TOKENIZER_NAME)
                 self.prompt = self._load_prompt()
@@ -160,6 +181,37 @@ class Engine:
                 EMBEDDINGS_NAME, f"{rows.dtype} {rows.shape}", "float16 or float32 (rows, D)"
             )
         return rows
+
+
+def _choose_backend(
+    device: str, directory: Path, manifest: Manifest, threads: int | None
+) -> tuple[Backend, tuple[str, ...]]:
+    """Open the backend of a device, or for "auto" of the fastest that works and has the memory.
+
+    Returns:
+        It, and why faster ones that work are passed over.
+
+    Raises:
+        BackendError: the device does not work, or has too little memory; for "auto", all of them.
+    """
+    passed_over: list[DeviceMemoryError] = []
+    for name in DEVICES[1:] if device == "auto" else (device,):
+        last = name in (device, DEVICES[-1])
+        try:
+            backend = open_backend(name, directory, manifest, threads=threads)
+            check_memory(manifest, backend)
+        except BackendUnavailableError as error:
+            if last:
+                raise
+            _log.info("%s", error)
+        except DeviceMemoryError as error:
+            if last:
+                raise DeviceMemoryError("\n".join(map(str, (*passed_over, error)))) from error
+            _log.warning("device='auto' passes over: %s", error)
+            passed_over.append(error)
+        else:
+            break
+    return backend, tuple(map(str, passed_over))
 
 
 def _unusable(name: str, found: Any, expected: str) -> EngineError:

@@ -17,6 +17,8 @@ class EngineIdentity:
         card: the graphics card, or on the CPU the processor.
         manifest_sha256: names the engine bit for bit: the manifest holds a digest of every other
             file.
+        passed_over: for device="auto", faster devices that work, and why each is not taken: it had
+            too little free memory when the engine was loaded.
     """
 
     model: str
@@ -25,6 +27,7 @@ class EngineIdentity:
     device: str
     card: str
     manifest_sha256: str
+    passed_over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +107,7 @@ class Prediction:
             f"  engine  {engine.model} {engine.precision} on {engine.device} ({engine.card}), "
             f"{engine.backend}, manifest {engine.manifest_sha256[:12]}",
         ]
+        lines += [f"  PASSED OVER  {reason}" for reason in engine.passed_over]
         if self.mask is not None:
             shares = ", ".join(f"{kind} {share:.1%}" for kind, share in self.mask_shares.items())
             lines.insert(2, f"  mask    {shares} of the squared photograph")

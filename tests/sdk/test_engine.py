@@ -1,12 +1,21 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from mdf_sdk import IntegrityError, MDFClassifier, SignatureError
+from mdf_sdk import (
+    BackendUnavailableError,
+    DeviceMemoryError,
+    IntegrityError,
+    MDFClassifier,
+    SignatureError,
+)
 from mdf_sdk.engine import Engine
 from mdf_sdk.sessions import Session
 from mdf_sdk.sessions.onnxruntime_cpu import OnnxRuntimeCpu
+
+from .host_memory import HostMemory
 
 
 def test_the_decoder_is_fed_the_rows_behind_the_prefix(toy_engine: Path) -> None:
@@ -100,3 +109,61 @@ def test_no_block_is_opened_before_its_files_are_proved(
     with pytest.raises(IntegrityError, match=r"decoder\.onnx"):
         MDFClassifier(toy_copy, device="cpu")
     assert "decoder" not in opened
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
+    """What every backend on a card finds."""
+    memory = HostMemory()
+    monkeypatch.setattr("mdf_sdk.sessions.device_memory.CudaMemory", lambda: memory)
+    return memory
+
+
+def test_auto_falls_to_the_cpu_where_there_is_no_card_and_logs_why(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise BackendUnavailableError("found no card")
+
+    monkeypatch.setattr("mdf_sdk.sessions.device_memory.CudaMemory", refuse)
+    with caplog.at_level("INFO", "mdf_sdk"), MDFClassifier(toy_engine) as classifier:
+        assert (classifier.identity.device, classifier.identity.passed_over) == ("cpu", ())
+    assert "found no card" in caplog.text
+
+
+def test_auto_passes_over_a_card_with_too_little_memory_and_every_answer_says_so(
+    toy_engine: Path,
+    card: HostMemory,
+    photograph: npt.NDArray[np.uint8],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    card.free_bytes = 1000
+    with MDFClassifier(toy_engine) as classifier:
+        prediction = classifier.predict(photograph, "a")
+    assert prediction.engine.device == "cpu"
+    (reason,) = prediction.engine.passed_over
+    assert "device 'cuda': found" in reason
+    assert "free of 8.00 GB" in reason
+    assert f"PASSED OVER  {reason}" in str(prediction)
+    assert prediction.to_dict()["engine"]["passed_over"] == (reason,)
+    assert "passes over: device 'cuda'" in caplog.text
+
+
+def test_auto_takes_a_card_whose_memory_suffices(toy_engine: Path, card: HostMemory) -> None:
+    with MDFClassifier(toy_engine) as classifier:
+        assert (classifier.identity.device, classifier.identity.passed_over) == ("cuda", ())
+
+
+def test_a_card_that_was_asked_for_is_never_passed_over(toy_engine: Path, card: HostMemory) -> None:
+    card.free_bytes = 1000
+    with pytest.raises(DeviceMemoryError, match="device 'cuda'"):
+        MDFClassifier(toy_engine, device="cuda")
+
+
+def test_where_no_device_has_the_memory_the_refusal_names_each(
+    toy_engine: Path, card: HostMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card.free_bytes = 1000
+    monkeypatch.setattr(OnnxRuntimeCpu, "free_and_total_bytes", lambda self: (2000, 10**9))
+    with pytest.raises(DeviceMemoryError, match=r"(?s)device 'cuda': found.*device 'cpu': found"):
+        MDFClassifier(toy_engine)

@@ -32,15 +32,6 @@ def test_the_cpu_says_what_it_is(toy_engine: Path) -> None:
     assert backend.device_bytes() is None
 
 
-def test_auto_falls_to_the_cpu_and_logs_why(
-    toy_engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    without_a_card(monkeypatch)
-    with caplog.at_level("INFO", "mdf_sdk"):
-        assert open_for(toy_engine, "auto").device == "cpu"
-    assert "found no card" in caplog.text
-
-
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_a_device_that_was_asked_for_is_never_another(
     toy_engine: Path, monkeypatch: pytest.MonkeyPatch, device: str

@@ -4,7 +4,6 @@ Nothing above this package knows which runtime computes, or whether a tensor lie
 a card; a new runtime is a module here and a line in `open_backend`.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -78,30 +77,22 @@ Opener = Callable[[Path, Manifest, int | None], Backend]
 def open_backend(
     device: str, engine_dir: Path, manifest: Manifest, *, threads: int | None = None
 ) -> Backend:
-    """Choose the backend for a device.
+    """Open a device's backend.
 
     Args:
-        device: one of DEVICES; "auto" is the fastest that works here with this engine, and logs
-            why a faster one does not.
+        device: one of DEVICES but "auto", which `Engine` resolves.
         threads: CPU threads of one block; None leaves it to the runtime.
 
     Raises:
         BackendUnavailableError: no such device, or its backend does not work here; says why.
     """
     openers: dict[str, Opener] = {"tensorrt": _tensorrt, "cuda": _cuda, "cpu": _cpu}
-    if device in openers:
-        return openers[device](engine_dir, manifest, threads)
-    if device != "auto":
+    if device not in openers:
         raise BackendUnavailableError(
             f"device: found {device!r}, expected one of {', '.join(DEVICES)}. "
             "The CPU works everywhere: pip install 'mdf-mllm[cpu]'"
         )
-    for opener in (_tensorrt, _cuda):
-        try:
-            return opener(engine_dir, manifest, threads)
-        except BackendUnavailableError as error:
-            logging.getLogger("mdf_sdk").info("%s", error)
-    return _cpu(engine_dir, manifest, threads)
+    return openers[device](engine_dir, manifest, threads)
 
 
 def _cpu(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
