@@ -110,8 +110,9 @@ class _Place:
 
     def note(self, tensor: Tensor | None) -> None:
         """Remember what was copied here, or from here; None once its values change."""
-        on_card = isinstance(tensor, DeviceArray)
-        self._copied = (weakref.ref(tensor.owner), tensor.pointer) if on_card else None
+        self._copied = None
+        if isinstance(tensor, DeviceArray):
+            self._copied = (weakref.ref(tensor.owner), tensor.pointer)
 
 
 _Places = dict[tuple[str, tuple[int, ...]], _Place]
