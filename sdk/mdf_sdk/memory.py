@@ -41,8 +41,8 @@ class _Costs:
 
 
 # cpu: growth of resident memory, smol-135m and nano, ONNX Runtime 1.31.1 on two cores, 2026-11-22.
-# cuda: single cases of 11B, int4 and fp16, on an H100. Not measured: fp8 on the CPU, taken as
-# float32; tensorrt.
+# cuda: nano and single cases of 11B, int4 and fp16, on an H100 and an H200, texts of up to 512
+# tokens (docs/results/sdk-gpu.md). Not measured: fp8 on the CPU, taken as float32; tensorrt.
 _COSTS = {
     "cpu": _Costs(
         weights={"fp32": 1.05, "tf32": 1.05, "fp16": 2.6, "fp8": 4.2, "int8": 1.9, "int4": 2.1},
@@ -53,8 +53,8 @@ _COSTS = {
     ),
     "cuda": _Costs(
         weights=dict.fromkeys(_BYTES_PER_WEIGHT, 1.0),
-        live=1.0,
-        overhead_bytes=900_000_000,
+        live=1.2,
+        overhead_bytes=1_450_000_000,
         overhead="CUDA and its libraries",
     ),
     "tensorrt": _Costs(

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from mdf_sdk import (
     BackendRunError,
@@ -182,6 +184,41 @@ def test_a_tensor_on_the_card_is_not_cast_in_silence(toy_engine: Path, memory: H
     wrong = memory.empty((1, 3, 16, 16), np.dtype(np.float16))
     with Engine(toy_engine, device="cuda") as engine, pytest.raises(ManifestError, match="float16"):
         engine.run("vision", {"tower_pixels": wrong})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' proc")
+def test_a_captured_run_takes_no_memory_beside_the_first_ones(
+    toy_copy: Path, memory: HostMemory
+) -> None:
+    """A block is run when it is opened; on a card the next run is the one that is captured."""
+    path = toy_copy / "vision.onnx"
+    model = onnx.load(path)
+    (result,) = model.graph.node[-1].output
+    model.graph.node[-1].output[0] = "small"
+    many = numpy_helper.from_array(np.array([4_000_000]), "many")  # 16 MB a tensor, two at a time
+    model.graph.initializer.append(many)
+    for operator, inputs, output in (
+        ("ReduceSum", ["small"], "sum"),
+        ("Expand", ["sum", "many"], "large"),
+        ("Sin", ["large"], "sine"),
+        ("Mul", ["large", "sine"], "product"),
+        ("ReduceSum", ["product"], "total"),
+        ("Add", ["small", "total"], result),
+    ):
+        attributes = {"keepdims": 0} if operator == "ReduceSum" else {}
+        model.graph.node.append(helper.make_node(operator, inputs, [output], **attributes))
+    onnx.save(model, path)
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        return next(1024 * int(x.split()[1]) for x in status.splitlines() if x.startswith("VmRSS"))
+
+    before = resident()
+    session = OnnxRuntimeCuda(toy_copy, load_manifest(toy_copy), memory).open("vision")
+    opened = resident()
+    session.run({"tower_pixels": np.ones((1, 3, 16, 16), np.float32)})
+    assert opened - before > 30_000_000
+    assert resident() - opened < 8_000_000
 
 
 def test_a_closed_session_does_not_run(toy_engine: Path, memory: HostMemory) -> None:

@@ -74,12 +74,16 @@ class OnnxRuntimeCuda(CardBackend):
     def open(self, block: str) -> "OnnxRuntimeCudaSession":
         spec = self._manifest.blocks[block]
         config = _CONFIG | (_FEW_ROWS_CONFIG if block == "decoder" else {})
+        options = session_options(self._runtime, config)
+        # With patterns a shape's second run, the one that is captured, takes its memory anew and in
+        # one piece, beside what the first run took and nobody uses again.
+        options.enable_mem_pattern = False
         session = load_graph(
             self._runtime,
             block,
             self._directory / spec.file,
             spec,
-            session_options(self._runtime, config),
+            options,
             _PROVIDERS[self._memory.kind],
             _provider_options(self._memory.kind, spec),
         )
