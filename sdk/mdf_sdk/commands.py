@@ -10,6 +10,7 @@ from mdf_sdk.extras import import_extra
 # The commands' own needs load when one runs, so that `mdf --help` stays quick.
 if TYPE_CHECKING:
     from mdf_sdk.manifest import Manifest
+    from mdf_sdk.memory import MemoryPlan
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
@@ -125,9 +126,11 @@ def _info(args: argparse.Namespace) -> int:
     from mdf_sdk.manifest import load_manifest
 
     manifest = load_manifest(args.engine)
-    print(_describe(args.engine, manifest))
+    memory = _memory(manifest)
+    print(_describe(args.engine, manifest, memory))
     if args.json:
-        _print_json(asdict(manifest))
+        needs = {p.device: asdict(p) | {"total_bytes": p.total_bytes} for p in memory}
+        _print_json(asdict(manifest) | {"memory": needs})
     return 0
 
 
@@ -161,9 +164,15 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if diagnosis.ok else 1
 
 
-def _describe(engine_dir: str, manifest: "Manifest") -> str:
+def _memory(manifest: "Manifest") -> list["MemoryPlan"]:
+    """Tell what the engine needs of every device that it was built for."""
     from mdf_sdk.memory import required_bytes
 
+    devices = ("cpu", "cuda", "tensorrt") if manifest.plans else ("cpu", "cuda")
+    return [required_bytes(manifest, device) for device in devices]
+
+
+def _describe(engine_dir: str, manifest: "Manifest", memory: list["MemoryPlan"]) -> str:
     megabytes = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     precisions = ", ".join(f"{name} {block.precision}" for name, block in manifest.blocks.items())
     versions = ", ".join(f"{name} {version}" for name, version in manifest.built_with.items())
@@ -184,8 +193,7 @@ def _describe(engine_dir: str, manifest: "Manifest") -> str:
         f"  built with  {versions}",
         f"  checkpoint  {manifest.checkpoint}",
     ]
-    devices = ("cpu", "cuda", "tensorrt") if manifest.plans else ("cpu", "cuda")
-    lines += [f"  memory      {required_bytes(manifest, device).summary}" for device in devices]
+    lines += [f"  memory      {plan.summary}" for plan in memory]
     lines += [
         f"  plan        {plan.file}: {plan.builder}, cards {', '.join(plan.compute_capabilities)}, "
         f"{manifest.files[plan.file].bytes / 1e6:.1f} MB"

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mdf_sdk import load_manifest
 from mdf_sdk.cli import main
+from mdf_sdk.memory import required_bytes
 
 from .toy_engine import seal
 
@@ -108,6 +109,10 @@ def test_info_says_what_the_engine_is(toy_engine: Path, capsys: pytest.CaptureFi
     assert "not for clinical use" in out
     document = json.loads(out.splitlines()[-1])
     assert document["labels"] == ["Acquired", "Inherited"]
+    needed = required_bytes(load_manifest(toy_engine), "cuda")
+    assert document["memory"].keys() == {"cpu", "cuda"}
+    assert document["memory"]["cuda"]["total_bytes"] == needed.total_bytes
+    assert document["memory"]["cuda"]["weights_bytes"] == needed.weights_bytes
 
 
 def test_verify_succeeds_on_a_whole_engine(
