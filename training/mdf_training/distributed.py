@@ -227,6 +227,9 @@ def place_model(
         compute: "float32" or "bfloat16"; the latter on CUDA alone.
         recompute: keep the layers' inputs alone (see `checkpoint_activations`).
     """
+    if processes.device.type == "cuda":
+        # Float32 products round to TF32, as cuDNN's convolutions do unasked.
+        torch.set_float32_matmul_precision("high")
     if recompute:
         checkpoint_activations(model)
     if not processes.shards(compute):

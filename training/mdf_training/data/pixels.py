@@ -63,6 +63,12 @@ class PixelSet:
         with ThreadPoolExecutor() as threads:
             return list(threads.map(self._case, indices, cameras or [None] * len(indices)))
 
+    def fill(self, indices: Sequence[int]) -> None:
+        """Read the squares of these cases now, as far as they fit into memory."""
+        room = self._squares.cache_parameters()["maxsize"] or 0
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(self._squares, indices[:room]))
+
     def _case(self, index: int, camera: Camera | None) -> CasePixels:
         spec = self.spec
         tower, unet, masks, has_mask = self._squares(index)
