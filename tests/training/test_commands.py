@@ -12,6 +12,9 @@ from mdf_sdk.cli import main
     [
         ("--labels", "healthy, healthy", "labels: found ('healthy', 'healthy')"),
         ("--mask-kinds", "disc,disc", "mask_kinds: found ('disc', 'disc')"),
+        ("--frozen", "unet,lens", "frozen: found ('unet', 'lens')"),
+        ("--policy", "hasty", "policy: found 'hasty'"),
+        ("--augment", "2", "augment: found 2.0, expected 0 to 1"),
         ("--unet-weights", "none.pth", "none.pth: No such file or directory; expected a file"),
     ],
 )

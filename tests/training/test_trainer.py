@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_run_to_the_last_digit(
     unbroken: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out, provenance = unbroken
-    again = train("nano", DATA, tmp_path / "again", recipe=RECIPE)
+    again = train("nano", DATA, tmp_path / "again", recipe=RECIPE, readers=2)
     assert again["history"] == provenance["history"]
     assert same_tensors(out, tmp_path / "again")
 
@@ -411,10 +411,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
     losses = trainer_module._Trainer._losses
     calls = 0
 
-    def diverge(self: Any, cases: Any, rng: Any) -> Any:
+    def diverge(self: Any, inputs: Any) -> Any:
         nonlocal calls
         calls += 1
-        label_loss, mask_loss = losses(self, cases, rng)
+        label_loss, mask_loss = losses(self, inputs)
         return (label_loss * float("nan") if calls > 3 else label_loss), mask_loss
 
     monkeypatch.setattr(trainer_module._Trainer, "_losses", diverge)

@@ -20,16 +20,27 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+RECIPE_FIELDS = ("epochs", "seed", "augment", "frozen", "policy")
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add what changes a preset's recipe (see `read_recipe`)."""
     parser.add_argument("--epochs", type=int, help="the preset's own number when left out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--augment",
+        type=float,
+        metavar="STRENGTH",
+        help="0 to 1: how far a training picture is from its own camera's; the preset's own when "
+        "left out",
+    )
 
 
 def read_recipe(args: argparse.Namespace) -> "Recipe":
-    """Return the recipe of `--preset`, with `--epochs` and `--seed`."""
+    """Return the recipe of `--preset`, changed by those of RECIPE_FIELDS that were given."""
     from mdf_training.config import load_preset
     from mdf_training.recipes import RECIPES
 
-    recipe = dataclasses.replace(RECIPES[load_preset(args.preset).preset], seed=args.seed)
-    return recipe if args.epochs is None else dataclasses.replace(recipe, epochs=args.epochs)
+    recipe = RECIPES[load_preset(args.preset).preset]
+    given = {name: getattr(args, name, None) for name in RECIPE_FIELDS}
+    return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})

@@ -40,6 +40,16 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="your copy of Llama-3.2-11B-Vision or -Instruct: a Hugging Face directory",
     )
     add_recipe(parser)
+    parser.add_argument(
+        "--frozen",
+        type=names,
+        metavar="PART,...",
+        help="of unet, fusion, vision, language: parts that stay as they start",
+    )
+    parser.add_argument(
+        "--policy",
+        help="joint, stop_parts or in_step: what to do when parts learn at different speeds",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument(
         "--split", type=Path, metavar="FILE", help="train on its part train (see mdf split)"

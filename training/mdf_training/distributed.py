@@ -227,10 +227,17 @@ def place_model(
         compute: "float32" or "bfloat16"; the latter on CUDA alone.
         recompute: keep the layers' inputs alone (see `checkpoint_activations`).
     """
+    if processes.device.type == "cuda":
+        # Float32 products round to TF32, as cuDNN's convolutions do unasked.
+        torch.set_float32_matmul_precision("high")
     if recompute:
         checkpoint_activations(model)
     if not processes.shards(compute):
         model.to(processes.device)
+        if processes.device.type == "cuda":
+            # smol-135m, 32 cases: 130 ms of kernels a step instead of 173 (one H200). FSDP2 takes
+            # parameters in their usual order alone.
+            model.unet.to(memory_format=torch.channels_last)
         return
     if processes.size > 1:
         share_batch_norms(model)

@@ -138,11 +138,12 @@ class Recipe:
 # Pretrained language weights want a gentler hand than random ones.
 RECIPES = {
     "nano": Recipe(),
-    # On 859 photographs of four labels, mirrored alone: 0.70 of 363 unseen ones right; 0.60 with
-    # shut gates and two to three times the learning rates (one run each, one H100, 2026-11-22).
+    # docs/results/training.md: what it comes to on photographs, and the cameras that chose
+    # `augment`. Gates that start shut, and two to three times the learning rates, gave 0.60 instead
+    # of 0.70 on 363 photographs (24 epochs of 16 cases, one run each, one H100, 2026-11-22).
     "smol-135m": Recipe(
-        epochs=24,
-        batch_size=16,
+        epochs=30,
+        batch_size=32,
         unet_lr=5e-4,
         fusion_lr=3e-4,
         backbone_lr=1e-4,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib import metadata
@@ -35,6 +35,7 @@ from mdf_training.data.augmentation import Camera
 from mdf_training.data.cases import DataSet
 from mdf_training.data.folder import drop_broken, open_data
 from mdf_training.data.leaks import check_leaks
+from mdf_training.data.loading import prepare_ahead, readers_for
 from mdf_training.data.pixels import PixelSet, batches, blank_pixels, stack_pixels
 from mdf_training.data.splits import TRAIN, VALIDATION, describe_split, read_split, split_by_patient
 from mdf_training.data.synthetic import NEUTRAL_TEXT
@@ -81,6 +82,7 @@ def train(
     split: str | os.PathLike[str] | None = None,
     skip_broken: bool = False,
     allow_label_words: bool = False,
+    readers: int | None = None,
 ) -> dict[str, Any]:
     """Train a fused model, saving the checkpoint after every epoch.
 
@@ -104,6 +106,8 @@ def train(
             validation, or on patients of train where it has none. No other case is read.
         skip_broken: leave out cases whose picture or masks cannot be read, and say which.
         allow_label_words: train although texts give the label away (see `check_leaks`).
+        readers: processes that prepare pictures while the model trains; what the device wants when
+            left out. They change nothing but the time.
 
     Returns:
         The provenance written beside the weights: data, recipe, versions, and each epoch's losses.
@@ -172,7 +176,8 @@ def train(
         policy.resume(history, TensorFiles(out, BEST_PARTS))
     encoder = PromptEncoder(tokenizer, config.prompt, config.labels)
     pixels = PixelSet(cases, config.image, config.mask_kinds)
-    trainer = _Trainer(model, encoder, pixels, recipe, optimizer, processes)
+    readers = readers_for(processes.device) if readers is None else readers
+    trainer = _Trainer(model, encoder, pixels, recipe, optimizer, processes, readers)
 
     provenance = {
         **run,
@@ -311,6 +316,18 @@ def fit_temperature(scores: Tensor, truth: Tensor) -> float:
     return 1.0 if best in (0, len(grid) - 1) else float(grid[best])
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What chance decides of one step: which cases, how each is changed, whether they count."""
+
+    indices: Sequence[int]
+    cameras: Sequence[Camera | None]
+    flip: npt.NDArray[np.bool_]
+    no_text: npt.NDArray[np.bool_]
+    no_image: npt.NDArray[np.bool_]
+    counts: bool
+
+
 class _Trainer:
     """One run's model, optimizer and schedule; all chance comes from (seed, epoch)."""
 
@@ -322,9 +339,10 @@ class _Trainer:
         recipe: Recipe,
         optimizer: torch.optim.AdamW,
         processes: Processes,
+        readers: int,
     ) -> None:
         self.model, self.encoder, self.pixels, self.recipe = model, encoder, pixels, recipe
-        self.optimizer, self.processes = optimizer, processes
+        self.optimizer, self.processes, self.readers = optimizer, processes, readers
         self.device = next(model.parameters()).device
         self.blank = blank_pixels(pixels.spec)
         self.factors = dict.fromkeys(model.parts(), 1.0)
@@ -334,19 +352,29 @@ class _Trainer:
         set_training(self.model, self.model.parts())
         rng = np.random.default_rng([self.recipe.seed, epoch])
         order = rng.permutation(indices).tolist()
-        steps = list(batches(order, self.recipe.batch_size))
+        steps = [self._draw(batch, rng) for batch in batches(order, self.recipe.batch_size)]
         totals = np.zeros(2)
         bar = tqdm(
-            steps,
+            range(len(steps)),
             desc=f"epoch {epoch + 1}/{self.recipe.epochs}",
             leave=False,
             disable=None if self.processes.is_main else True,
         )
-        for number, batch in enumerate(bar):
+        if self.readers:
+            self.pixels.fill(order)  # before they are copied
+        prepared = prepare_ahead(self._prepare, steps, self.readers)
+        for number, inputs in zip(bar, prepared, strict=True):
             self._set_learning_rates(epoch * len(steps) + number, self.recipe.epochs * len(steps))
-            label_loss, mask_loss = self._losses(batch, rng)
+            label_loss, mask_loss = self._losses(inputs)
             loss = label_loss + self.recipe.mask_weight * mask_loss
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(
+                [p for p in self.model.parameters() if p.requires_grad], self.recipe.max_grad_norm
+            )
+            self.optimizer.step()
             # Those of the whole batch, alike in every process: they stop together or not at all.
+            # Read last: until then a card works ahead.
             losses = self.processes.sum(torch.stack([label_loss, mask_loss, loss]).detach())
             *means, total = (losses / self.processes.size).tolist()
             if not np.isfinite(total):
@@ -355,12 +383,6 @@ class _Trainer:
                     "finite one. Lower the learning rates; the last epoch's checkpoint is kept."
                 )
             totals += means
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(
-                [p for p in self.model.parameters() if p.requires_grad], self.recipe.max_grad_norm
-            )
-            self.optimizer.step()
             bar.set_postfix(
                 label=f"{totals[0] / (number + 1):.3f}", mask=f"{totals[1] / (number + 1):.3f}"
             )
@@ -428,42 +450,57 @@ class _Trainer:
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device, torch.float32)
 
-    def _losses(self, batch: Sequence[int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        share = self.processes.share(len(batch))
-        set_counting(self.model, share.counts)
+    def _draw(self, batch: Sequence[int], rng: np.random.Generator) -> "_Step":
+        """Draw what chance decides of a step: for the whole batch, then this process's share."""
         strength = self.recipe.augment
         cameras = [Camera.draw(rng, strength) for _ in batch] if strength else [None] * len(batch)
-        cases = self.pixels.read(batch[share.cases], cameras[share.cases])
         flip, no_text, no_image = (
-            (rng.random(len(batch)) < p)[share.cases]
-            for p in (0.5, self.recipe.drop_text, self.recipe.drop_image)
+            rng.random(len(batch)) < p for p in (0.5, self.recipe.drop_text, self.recipe.drop_image)
         )
+        share = self.processes.share(len(batch))
+        own = share.cases
+        return _Step(batch[own], cameras[own], flip[own], no_text[own], no_image[own], share.counts)
+
+    def _prepare(self, step: "_Step") -> dict[str, Any]:
+        """Read a step's cases and change them as it says; arrays by name, texts and labels."""
+        cases = self.pixels.read(step.indices, step.cameras)
         # A fundus mirrored left to right is that of the other eye.
         arrays = {
             name: np.stack(
                 [
                     getattr(c, name)[..., ::-1] if f else getattr(c, name)
-                    for c, f in zip(cases, flip, strict=True)
+                    for c, f in zip(cases, step.flip, strict=True)
                 ]
             )
             for name in ("tower_pixels", "unet_pixels", "masks")
         }
-        has_mask = np.stack([c.has_mask for c in cases]) * ~no_image[:, None]
-        arrays["tower_pixels"][no_image], arrays["unet_pixels"][no_image] = self.blank
+        arrays["tower_pixels"][step.no_image], arrays["unet_pixels"][step.no_image] = self.blank
         texts = [
             NEUTRAL_TEXT if dropped else c.row.text
-            for c, dropped in zip(cases, no_text, strict=True)
+            for c, dropped in zip(cases, step.no_text, strict=True)
         ]
-        tower, unet, masks, annotated = map(self._to_device, (*arrays.values(), has_mask))
-        output = self._run(tower, unet, texts)
-        truth = self._truth([c.row.label for c in cases])
+        return {
+            **arrays,
+            "has_mask": np.stack([c.has_mask for c in cases]) * ~step.no_image[:, None],
+            "texts": texts,
+            "labels": [c.row.label for c in cases],
+            "counts": step.counts,
+        }
+
+    def _losses(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the label and the segmentation loss of what `_prepare` gives."""
+        counts = inputs["counts"]
+        set_counting(self.model, counts)
+        tower, unet, masks, annotated = (
+            inputs[name].to(self.device, torch.float32)
+            for name in ("tower_pixels", "unet_pixels", "masks", "has_mask")
+        )
+        output = self._run(tower, unet, inputs["texts"])
+        truth = self._truth(inputs["labels"])
         label_loss = F.cross_entropy(output.scores, truth.to(self.device))
         mask_loss = segmentation_loss(output.mask_logits, masks, annotated)
         weigh = self.processes.weigh
-        return (
-            weigh(label_loss, len(cases) * share.counts),
-            weigh(mask_loss, annotated.sum() * share.counts),
-        )
+        return weigh(label_loss, len(truth) * counts), weigh(mask_loss, annotated.sum() * counts)
 
     def _truth(self, labels: Sequence[str]) -> Tensor:
         return torch.tensor([self.encoder.labels.index(label) for label in labels])

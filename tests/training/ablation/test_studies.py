@@ -30,7 +30,8 @@ def test_two_variants_of_one_name_are_the_same() -> None:
     assert all(named[variant.name] == variant for variant in variants)
 
 
-@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+# Presets have strengths of their own; the study's reference is a picture that is only mirrored.
+@pytest.mark.parametrize("study", [s for s in STUDIES.values() if s.name != "augment"])
 def test_the_reference_is_the_preset_as_it_is(study: Study) -> None:
     for preset, config in PRESETS.items():
         assert dataclasses.replace(config.fusion, **study.reference.fusion) == config.fusion

@@ -82,7 +82,7 @@ def run_ablate(args: argparse.Namespace) -> int:
     runs = ablation.ablate(
         studies, setting, args.seeds, args.out, jobs=args.jobs, processes=args.processes
     )
-    shared = _document(args, time.monotonic() - start)
+    shared = _document(args, time.monotonic() - start) | {"devices": ablation.devices(runs)}
     documents = []
     for study in studies:
         document = shared | report.report_study(study, runs)
@@ -128,8 +128,8 @@ def _origin(document: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     return (
         f"\n![plot]({document['study']}.png)\n\n    {document['command']}\n\n"
-        f"{document['seconds']} s on {machine['cores']} cores of {machine['cpu']}, "
-        f"{document['date'][:10]}; {versions}.\n"
+        f"{document['seconds']} s on {machine['cores']} cores of {machine['cpu']}, runs on "
+        f"{', '.join(document['devices'])}, {document['date'][:10]}; {versions}.\n"
     )
 
 

@@ -36,6 +36,8 @@ def draw_study(document: Mapping[str, Any], *, losses: bool = False) -> "Figure"
     left, right = rows[0].subplots(1, 2, sharey=True)
     _plot_accuracies(left, variants, document["reference"])
     _plot_differences(right, variants, document["reference"])
+    for axes in (left, right):
+        axes.locator_params(axis="x", nbins=5)  # else the numbers run into each other
     if losses:
         for axes, (key, name) in zip(rows[1].subplots(1, 2), LOSSES.items(), strict=True):
             _plot_losses(axes, variants, key, name)

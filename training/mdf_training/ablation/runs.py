@@ -367,9 +367,18 @@ def _describe(module: str, what: str, path: Path | None) -> dict[str, str] | Non
     return found
 
 
+def devices(runs: Sequence[Run]) -> list[str]:
+    """Name the cards or processors that the finished runs ran on."""
+    return sorted({_report(run)["device"] for run in runs if run.finished})
+
+
+def _report(run: Run) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((run.folder / REPORT).read_text(encoding="utf-8"))
+    return report
+
+
 def _accuracy(run: Run) -> str:
-    report = json.loads((run.folder / REPORT).read_text(encoding="utf-8"))
-    return f"accuracy {report['accuracy']['value']:.3f}"
+    return f"accuracy {_report(run)['accuracy']['value']:.3f}"
 
 
 def write_json(path: Path, value: Any) -> None:

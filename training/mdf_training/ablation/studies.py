@@ -111,6 +111,14 @@ STUDIES = {
             note="The plot marks the epoch where each validation loss is least.",
         ),
         Study(
+            "augment",
+            "How far from its own camera should a training picture be?",
+            Variant("augment-0", recipe={"augment": 0.0}),
+            tuple(Variant(f"augment-{a:g}", recipe={"augment": a}) for a in (0.5, 1.0)),
+            note="Choose by photographs of a camera that was left out: mdf split "
+            "--leave-source-out.",
+        ),
+        Study(
             "baseline",
             "Is the fused model better than the plain one, and than a small CNN?",
             FUSED,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import parent_process
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +61,17 @@ class PixelSet:
         Args:
             cameras: whose picture each case becomes; None leaves it as it is.
         """
+        cameras = cameras or [None] * len(indices)
+        if parent_process():  # this is one of several readers, which share the cores
+            return list(map(self._case, indices, cameras))
         with ThreadPoolExecutor() as threads:
-            return list(threads.map(self._case, indices, cameras or [None] * len(indices)))
+            return list(threads.map(self._case, indices, cameras))
+
+    def fill(self, indices: Sequence[int]) -> None:
+        """Read the squares of these cases now, as far as they fit into memory."""
+        room = self._squares.cache_parameters()["maxsize"] or 0
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(self._squares, indices[:room]))
 
     def _case(self, index: int, camera: Camera | None) -> CasePixels:
         spec = self.spec

@@ -31,6 +31,7 @@ from mdf_training.checkpoint import CONFIG, PROVENANCE, CheckpointTensors
 from mdf_training.config import load_preset, set_task, to_tuples
 from mdf_training.data.augmentation import Camera
 from mdf_training.data.folder import drop_broken, open_data
+from mdf_training.data.loading import prepare_ahead, readers_for
 from mdf_training.data.pixels import PixelSet, batches
 from mdf_training.data.splits import TRAIN, VALIDATION, describe_split
 from mdf_training.evaluation.evaluate import BATCH_SIZE, CNN_KIND
@@ -205,6 +206,9 @@ def train_cnn(
     return provenance
 
 
+_Step = tuple[Sequence[int], Sequence[Camera | None] | None, npt.NDArray[np.bool_]]
+
+
 class _Run:
     """One run's model and optimizer; all chance comes from (seed, epoch)."""
 
@@ -226,9 +230,16 @@ class _Run:
         """Train one epoch; return the mean loss."""
         self.model.train()
         rng = np.random.default_rng([self.recipe.seed, epoch])
-        steps = list(batches(rng.permutation(indices).tolist(), self.recipe.batch_size))
+        order = rng.permutation(indices).tolist()
+        steps = [self._draw(batch, rng) for batch in batches(order, self.recipe.batch_size)]
+        readers = readers_for(self.device)
+        if readers:
+            self.pixels.fill(order)  # before they are copied
+        prepared = prepare_ahead(self._prepare, steps, readers)
         total = 0.0
-        for number, batch in enumerate(tqdm(steps, leave=False, disable=None)):
+        for number, (pixels, truth) in enumerate(
+            tqdm(prepared, total=len(steps), leave=False, disable=None)
+        ):
             factor = step_factor(
                 epoch * len(steps) + number,
                 self.recipe.epochs * len(steps),
@@ -236,7 +247,8 @@ class _Run:
             )
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            loss = self._loss(batch, rng)
+            logits = self.model(pixels.to(self.device))
+            loss = F.cross_entropy(logits, truth.to(self.device))
             if not torch.isfinite(loss):
                 raise CheckpointError(
                     f"epoch {epoch + 1}, step {number + 1}: found the loss {loss.item()}, expected "
@@ -259,14 +271,18 @@ class _Run:
             logits.append(self.model(torch.from_numpy(pixels).to(self.device)).cpu())
         return torch.cat(logits), self._truth(indices)
 
-    def _loss(self, batch: Sequence[int], rng: np.random.Generator) -> Tensor:
+    def _draw(self, batch: Sequence[int], rng: np.random.Generator) -> _Step:
+        """Draw what chance decides of a step: each case's camera, and whether it is mirrored."""
         strength = self.recipe.augment
         cameras = [Camera.draw(rng, strength) for _ in batch] if strength else None
+        return batch, cameras, rng.random(len(batch)) < 0.5
+
+    def _prepare(self, step: _Step) -> tuple[Float32, Tensor]:
+        """Read a step's cases and change them as it says: pixels (B, 3, U, U), true labels (B,)."""
+        batch, cameras, flip = step
         pixels = np.stack([case.unet_pixels for case in self.pixels.read(batch, cameras)])
-        flip = rng.random(len(batch)) < 0.5
         pixels[flip] = pixels[flip][..., ::-1]  # a fundus mirrored is that of the other eye
-        logits = self.model(torch.from_numpy(pixels).to(self.device))
-        return F.cross_entropy(logits, self._truth(batch).to(self.device))
+        return pixels, self._truth(batch)
 
     def _truth(self, indices: Sequence[int]) -> Tensor:
         rows, labels = self.pixels.data.rows, self.model.config.labels
