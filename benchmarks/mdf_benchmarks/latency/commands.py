@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mdf_benchmarks.options import add_run_options
+
 
 def add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register `mdf benchmark ENGINE [--reference CHECKPOINT] [--quick] [--json]`."""
@@ -26,20 +28,9 @@ def add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(run=run_benchmark)
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every command takes that runs an engine."""
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--threads", type=int, help="CPU threads of a call; the runtime's choice when left out"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document as the last line"
-    )
-
-
 def run_benchmark(args: argparse.Namespace) -> int:
     """Measure and print."""
-    from mdf_benchmarks.latency import measure
+    from mdf_benchmarks.latency.measure import measure
 
     report = measure(
         args.engine,

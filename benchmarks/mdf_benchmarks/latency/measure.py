@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mdf_benchmarks.cold_start import measure_cold_start
 from mdf_benchmarks.inputs import (
     DECODED_PX,
     ENCODED_PX,
@@ -20,8 +19,9 @@ from mdf_benchmarks.inputs import (
     photograph,
     texts_of,
 )
+from mdf_benchmarks.latency.cold_start import measure_cold_start
+from mdf_benchmarks.latency.reference import compare_with_reference
 from mdf_benchmarks.memory import peak_host_bytes
-from mdf_benchmarks.reference import compare_with_reference
 from mdf_sdk import InputError, MDFClassifier, Prediction, check_files, load_manifest
 from mdf_sdk.machine import machine_card
 from mdf_sdk.manifest import TOKENIZER_NAME

@@ -1,4 +1,4 @@
-"""mdf_benchmarks.latency: percentiles that occurred, kinds, stages, memory and the machine."""
+"""mdf_benchmarks.latency.measure: percentiles that occurred, kinds, stages, memory, the machine."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdf_benchmarks.latency import measure, summarize
+from mdf_benchmarks.latency.measure import measure, summarize
 from mdf_sdk.cli import main
 
 BLOCKS = ("vision", "unet_encoder", "fusion", "decoder")

@@ -1,4 +1,4 @@
-"""mdf_benchmarks.reference: PyTorch asked the engine's questions in a process of its own."""
+"""mdf_benchmarks.latency.reference: PyTorch asked the engine's questions, in its own process."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mdf_benchmarks.inputs import photograph
-from mdf_benchmarks.reference import ROUNDS, ReferenceProcess, compare_with_reference
+from mdf_benchmarks.latency.reference import ROUNDS, ReferenceProcess, compare_with_reference
 from mdf_sdk import MDFClassifier, Prediction
 from mdf_sdk.cli import main
 from mdf_sdk.errors import CheckpointError, InputError

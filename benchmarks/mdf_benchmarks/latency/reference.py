@@ -1,7 +1,7 @@
 """A checkpoint in, the times and memory of PyTorch on the engine's own questions out.
 
-As a module (`python -m mdf_benchmarks.reference`) it is the process that runs PyTorch, so that its
-memory is its own: a JSON request a line in, a JSON answer a line out.
+As a module (`python -m mdf_benchmarks.latency.reference`) it is the process that runs PyTorch, so
+that its memory is its own: a JSON request a line in, a JSON answer a line out.
 """
 
 import json
@@ -78,7 +78,7 @@ class ReferenceProcess:
             [
                 sys.executable,
                 "-m",
-                "mdf_benchmarks.reference",
+                "mdf_benchmarks.latency.reference",
                 str(checkpoint_dir),
                 str(threads or 0),
             ],
