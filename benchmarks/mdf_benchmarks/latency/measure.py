@@ -1,14 +1,14 @@
-"""An engine directory in, single-stream latency, stages, cold start and peak memory out."""
+"""An engine directory in; latency, stages, sweeps, cold start, memory, floor and rivals out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mdf_benchmarks.inputs import (
     DECODED_PX,
@@ -19,180 +19,238 @@ from mdf_benchmarks.inputs import (
     photograph,
     texts_of,
 )
+from mdf_benchmarks.latency.against import KINDS, time_peer, with_ratios
+from mdf_benchmarks.latency.card import Card
 from mdf_benchmarks.latency.cold_start import measure_cold_start
-from mdf_benchmarks.latency.reference import compare_with_reference
+from mdf_benchmarks.latency.floor import measure_floor
+from mdf_benchmarks.latency.peer_process import (
+    NEEDS_CHECKPOINT,
+    PeerOptions,
+    check_peers,
+    check_reference,
+)
+from mdf_benchmarks.latency.statistics import summarize
+from mdf_benchmarks.latency.timing import ROUNDS, WARM_UP, Question, time_rounds
+from mdf_benchmarks.latency.watch import Watch
+from mdf_benchmarks.machine import describe_machine
 from mdf_benchmarks.memory import peak_host_bytes
-from mdf_sdk import InputError, MDFClassifier, Prediction, check_files, load_manifest
-from mdf_sdk.machine import machine_card
+from mdf_sdk import MDFClassifier, Prediction, check_files, load_manifest
 from mdf_sdk.manifest import TOKENIZER_NAME
 from mdf_sdk.prompt import PromptEncoder
 
-WARM_UP = 5
-BATCHES = (2, 8)
-_FEWER = 8  # batches and encoded photographs are asked an eighth as often
+FORMAT = "mdf benchmark, 2"
+BATCHES = (1, 2, 4, 8)
+CALLERS = (1, 2, 4, 8)
+_FEWER = 8  # sweeps and encoded photographs are asked an eighth as often
 _PHOTOGRAPHS = 8  # encoded ones, in turn, so that none is still kept when it comes again
-_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt")
+POLICY = (
+    f"{ROUNDS} rounds, in each a tenth of the calls of every kind; {WARM_UP} calls of each kind "
+    "before the first round and one where a kind's turn begins do not count, all others do"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is asked.
+
+    Attributes:
+        queries: of a new photograph, and of the same one with a new text.
+        least_s: seconds that the calls with a new photograph take together at least.
+        cold_starts: processes started.
+    """
+
+    queries: int
+    least_s: float
+    cold_starts: int
+
+
+FULL = Plan(queries=1024, least_s=60.0, cold_starts=3)  # MLPerf's single stream
+QUICK = Plan(queries=50, least_s=0.0, cold_starts=1)
 
 
 def measure(
     engine_dir: Path,
+    plan: Plan = FULL,
     *,
-    queries: int = 1024,
     device: str = "auto",
     threads: int | None = None,
-    reference: Path | None = None,
+    against: Sequence[str] = (),
+    checkpoint: Path | None = None,
     text_tokens: int | None = None,
+    classifier_type: Callable[..., MDFClassifier] = MDFClassifier,
 ) -> dict[str, Any]:
     """Time one call after another, as a clinic's workstation asks them.
 
     Args:
         engine_dir: the engine.
-        queries: calls with a new photograph each time, and with the same one and a new text;
-            batches and encoded photographs are called an eighth as often.
+        plan: how much is asked.
         device, threads: as MDFClassifier takes them.
-        reference: the checkpoint that the engine was exported from: PyTorch answers the same
-            questions in turn with the engine.
+        against: peers, which are asked the same: on the processor in turn with the engine, on a
+            card when the engine has left it.
+        checkpoint: what the engine was exported from, for the peer that runs it.
         text_tokens: of the clinical texts; None takes two sentences of usual length.
+        classifier_type: makes the classifier.
 
     Returns:
-        JSON types. `latency` holds wall-clock milliseconds of whole calls by kind, on decoded
-        photographs of 512 px; batches per call. `stages` splits each kind, per case;
-        `without_image` is the total without squaring the photograph. `prompt_tokens` counts the
-        instruction, which the engine carries as constants, the text, the question and the labels.
-        `decode_and_square` is the stage `image` of a JPEG of 1411 px, in no other figure.
-        `peak_host_bytes` is the process's largest resident set before any batch, Python included,
-        `peak_host_bytes_batch_8` after them; None where the system does not tell.
-        `peak_device_bytes` is the largest reading between kinds, None on a CPU.
+        JSON types; docs/benchmark.md says what each key holds.
 
     Raises:
-        InputError: the reference has other labels or picture sizes than the engine, or the texts
-            cannot be had.
-        MissingExtraError: the reference needs the training extra.
+        InputError: an unknown peer, another model's checkpoint, or texts that cannot be had.
+        EngineError, BackendError: as MDFClassifier.
     """
-    if reference is not None and text_tokens is not None:
-        raise InputError("found a reference and text_tokens, expected one: PyTorch is asked TEXTS")
-    encoder = _prompt_encoder(engine_dir)
-    texts = TEXTS if text_tokens is None else texts_of(text_tokens, encoder)
-    tokens = len(encoder.encode(texts[0]).ids)
-    cold_start = measure_cold_start(
-        engine_dir, device=device, threads=threads, runs=3 if queries > 100 else 1
+    manifest = load_manifest(engine_dir)
+    check_files(engine_dir, manifest)
+    check_peers(against)
+    if NEEDS_CHECKPOINT in against:
+        check_reference(checkpoint, manifest)
+    encoder = PromptEncoder(
+        (engine_dir / TOKENIZER_NAME).read_text(encoding="utf-8"), manifest.prompt, manifest.labels
     )
-    few = max(1, queries // _FEWER)
-    latency: dict[str, Any] = {}
-    stages: dict[str, Any] = {}
-    device_bytes: list[int | None] = []
-    start = time.perf_counter()
-    with MDFClassifier(engine_dir, device=device, threads=threads) as classifier:
-        load_ms = 1e3 * (time.perf_counter() - start)
-        image = photograph(DECODED_PX)
-
-        def new_image(i: int) -> Prediction:
-            return classifier.predict(numbered(image, i), texts[0])
-
-        def new_text(i: int) -> Prediction:
-            return classifier.predict(image, texts[i % 2])
-
-        def time_kind(kind: str, query: Callable[[int], Prediction], n: int) -> None:
-            latency[kind], stages[kind] = _time(query, n)
-            device_bytes.append(classifier.device_bytes())
-
-        compared = None
-        if reference is not None:
-            calls = {"new_image": new_image, "same_image_new_text": new_text}
-            compared = compare_with_reference(classifier, reference, calls, queries, threads)
-        time_kind("new_image", new_image, queries)
-        time_kind("same_image_new_text", new_text, queries)
-        decode_and_square = _time_decoding(classifier, few)
-        single_bytes = peak_host_bytes()
-        for size in BATCHES:
-
-            def batch(i: int, size: int = size) -> Prediction:
-                images = [numbered(image, size * i + j) for j in range(size)]
-                return classifier.predict_batch(images, [texts[j % 2] for j in range(size)])[0]
-
-            kind = f"batch_{size}"
-            time_kind(kind, batch, few)
-            latency[kind]["p50_ms_per_case"] = latency[kind]["p50_ms"] / size
-        manifest, identity = classifier.manifest, classifier.identity
-    known_bytes = [value for value in device_bytes if value is not None]
-    return {
+    texts = TEXTS if text_tokens is None else texts_of(text_tokens, encoder)
+    cold_start = measure_cold_start(
+        engine_dir, device=device, threads=threads, runs=plan.cold_starts
+    )
+    card = Card.open() if device != "cpu" else None
+    few = max(1, plan.queries // _FEWER)
+    with Watch(card) as watch:
+        with watch.phase("load"):
+            start = time.perf_counter()
+            classifier = classifier_type(engine_dir, device=device, threads=threads)
+            load_ms = 1e3 * (time.perf_counter() - start)
+        with classifier, watch.following(classifier.device_bytes):
+            identity = classifier.identity
+            if identity.device == "cpu":
+                watch.leave_card()
+            questions = _questions(classifier, texts)
+            with watch.phase("single stream"):
+                times = time_rounds(questions, plan.queries, least_s=plan.least_s)
+            single_host_bytes, single_device_bytes = peak_host_bytes(), watch.most_device_bytes()
+            with watch.phase("encoded photographs"):
+                decoding = _time_decoding(classifier, few)
+            with watch.phase("batches"):
+                batches = [_time_batches(classifier, size, few, texts) for size in BATCHES]
+            with watch.phase("callers"):
+                callers = [_time_callers(classifier, n, few, texts[0]) for n in CALLERS]
+            peers = None
+            if identity.device == "cpu":
+                options = PeerOptions(engine_dir, checkpoint, "cpu", threads, texts)
+                peers = [time_peer(name, options, plan.queries, questions) for name in against]
+    latency = {kind: found.report() for kind, found in times.items()}
+    stages = {kind: found.stages() for kind, found in times.items()}
+    tokens = len(encoder.encode(texts[0]).ids)
+    asked = sum(WARM_UP + ROUNDS + found["n"] for found in latency.values())
+    report = {
+        "format": FORMAT,
+        "notice": manifest.notice,
         "model": manifest.model,
         "precision": manifest.precision,
         "backend": identity.backend,
         "device": identity.device,
         "card": identity.card,
+        "manifest_sha256": identity.manifest_sha256,
         "size_bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "machine": describe_machine(None if identity.device == "cpu" else card),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": threads,
+        "policy": POLICY,
+        "quick": plan.queries < FULL.queries,
+        "warm_up_queries": WARM_UP,
         "text_tokens": tokens,
+        "instruction_tokens": len(encoder.prefix_ids),
         "prompt_tokens": len(encoder.prefix_ids) + encoder.count_rows(tokens),
         "load_ms": load_ms,
         "cold_start": cold_start,
         "latency": latency,
         "stages": stages,
-        "decode_and_square": decode_and_square,
-        "peak_host_bytes": single_bytes,
-        "peak_host_bytes_batch_8": peak_host_bytes(),
-        "peak_device_bytes": max(known_bytes, default=None),
-        "reference": compared,
-        "warm_up_queries": WARM_UP,
-        "threads": threads,
-        "machine": machine_card(("mdf-mllm", "numpy", *_installed(_RUNTIMES))),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "decode_and_square": decoding,
+        "batches": batches,
+        "callers": callers,
+        "memory": {
+            "peak_host_bytes": single_host_bytes,
+            "steady_host_bytes": watch.median_bytes("single stream", "host"),
+            "peak_device_bytes": single_device_bytes,
+            "steady_device_bytes": watch.median_bytes("single stream", "device"),
+            "peak_host_bytes_after_sweeps": peak_host_bytes(),
+            "peak_device_bytes_after_sweeps": watch.most_device_bytes(),
+            **watch.memory(),
+        },
+        "card_state": watch.card_state("single stream", asked),
+        "floor": measure_floor(
+            engine_dir,
+            stages["new_image"] | {"without_image": latency["new_image"]["without_image"]},
+            device=identity.device,
+            text_rows=encoder.count_rows(tokens),
+            prefix_rows=len(encoder.prefix_ids),
+        ),
+        "peers": None,
     }
+    if peers is None:
+        options = PeerOptions(engine_dir, checkpoint, "cuda", threads, texts)
+        peers = [time_peer(name, options, plan.queries) for name in against]
+    return report | {"peers": [with_ratios(peer, latency) for peer in peers]}
 
 
-def _prompt_encoder(engine_dir: Path) -> PromptEncoder:
-    manifest = load_manifest(engine_dir)
-    check_files(engine_dir, manifest)
-    tokenizer_json = (engine_dir / TOKENIZER_NAME).read_text(encoding="utf-8")
-    return PromptEncoder(tokenizer_json, manifest.prompt, manifest.labels)
+def _questions(classifier: MDFClassifier, texts: tuple[str, str]) -> dict[str, Question]:
+    picture = photograph(DECODED_PX)
+
+    def new_image(i: int) -> Callable[[], Prediction]:
+        other = numbered(picture, i)
+        return lambda: classifier.predict(other, texts[0])
+
+    def same_image_new_text(i: int) -> Callable[[], Prediction]:
+        return lambda: classifier.predict(picture, texts[i % 2])
+
+    return dict(zip(KINDS, (new_image, same_image_new_text), strict=True))
 
 
-def summarize(samples_ms: npt.NDArray[np.float64]) -> dict[str, float]:
-    """Percentiles by nearest rank (each is a time that occurred), minimum and count."""
-    p50, p90, p99 = np.percentile(samples_ms, [50, 90, 99], method="inverted_cdf")
-    return {
-        "min_ms": float(samples_ms.min()),
-        "p50_ms": float(p50),
-        "p90_ms": float(p90),
-        "p99_ms": float(p99),
-        "n": len(samples_ms),
-    }
-
-
-def _time(
-    query: Callable[[int], Prediction], queries: int
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Summaries of whole calls, and of each stage."""
-    for i in range(WARM_UP):
-        query(i)
-    samples, stages = np.empty(queries), []
-    for i in range(queries):
-        start = time.perf_counter()
-        prediction = query(WARM_UP + i)
-        samples[i] = 1e3 * (time.perf_counter() - start)
-        times = prediction.latency_ms
-        stages.append({**times, "without_image": times["total"] - times["image"]})
-    by_stage = {name: summarize(np.array([s[name] for s in stages])) for name in stages[0]}
-    kept = ("p50_ms", "p99_ms")
-    return summarize(samples), {
-        name: {key: summary[key] for key in kept} for name, summary in by_stage.items()
-    }
-
-
-def _time_decoding(classifier: MDFClassifier, queries: int) -> dict[str, float]:
+def _time_decoding(classifier: MDFClassifier, queries: int) -> dict[str, Any]:
     files = [jpeg(photograph(ENCODED_PX, number)) for number in range(_PHOTOGRAPHS)]
 
-    def encoded(i: int) -> Prediction:
-        return classifier.predict(files[i % _PHOTOGRAPHS], TEXTS[0])
+    def encoded(i: int) -> float:
+        return classifier.predict(files[i % _PHOTOGRAPHS], TEXTS[0]).latency_ms["image"]
 
-    samples = [encoded(i).latency_ms["image"] for i in range(-WARM_UP, queries)]
+    samples = [encoded(i) for i in range(-WARM_UP, queries)][WARM_UP:]
     return {
-        **summarize(np.array(samples[WARM_UP:])),
+        **summarize(np.array(samples)),
         "side_px": ENCODED_PX,
         "file_bytes": len(files[0]),
     }
 
 
-def _installed(packages: tuple[str, ...]) -> list[str]:
-    found = {distribution.name for distribution in metadata.distributions()}
-    return [name for name in packages if name in found]
+def _time_batches(
+    classifier: MDFClassifier, size: int, calls: int, texts: tuple[str, str]
+) -> dict[str, Any]:
+    """Time `predict_batch` with new photographs."""
+    picture, spent_ms = photograph(DECODED_PX), []
+    for i in range(-1, calls):
+        pictures = [numbered(picture, size * i + j) for j in range(size)]
+        start = time.perf_counter()
+        classifier.predict_batch(pictures, [texts[j % 2] for j in range(size)])
+        spent_ms.append(1e3 * (time.perf_counter() - start))
+    summary = summarize(np.array(spent_ms[1:]))
+    return {
+        "batch": size,
+        **summary,
+        "p50_ms_per_case": summary["p50_ms"] / size,
+        "per_s": 1e3 * size * calls / sum(spent_ms[1:]),
+    }
+
+
+def _time_callers(classifier: MDFClassifier, callers: int, calls: int, text: str) -> dict[str, Any]:
+    """Time so many threads that each ask `calls` questions, one after another."""
+    picture = photograph(DECODED_PX)
+
+    def call(caller: int) -> list[float]:
+        spent_ms = []
+        for i in range(calls):
+            other = numbered(picture, caller * calls + i)
+            start = time.perf_counter()
+            classifier.predict(other, text)
+            spent_ms.append(1e3 * (time.perf_counter() - start))
+        return spent_ms
+
+    with ThreadPoolExecutor(callers) as pool:
+        start = time.perf_counter()
+        samples = [ms for spent_ms in pool.map(call, range(callers)) for ms in spent_ms]
+        elapsed_s = time.perf_counter() - start
+    return {"callers": callers, **summarize(np.array(samples)), "per_s": len(samples) / elapsed_s}
