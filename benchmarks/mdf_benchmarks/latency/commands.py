@@ -100,8 +100,8 @@ def _measure_random(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     if not args.random or not args.preset or not args.work or args.engine or args.reference:
         raise InputError(
-            "mdf benchmark: found some of --preset, --random and --work without the others, or with "
-            "an engine or a reference, expected all three alone: "
+            "mdf benchmark: found some of --preset, --random and --work without the others, or "
+            "with an engine or a reference, expected all three alone: "
             "mdf benchmark --preset llama-3.2-11b --random --work DIR"
         )
     return measure_random(
@@ -112,6 +112,7 @@ def _measure_random(args: argparse.Namespace) -> list[dict[str, Any]]:
         device=args.device,
         against=_peers(args),
         options=_options(args),
+        progress=lambda line: print(line, flush=True),
     )
 
 

@@ -169,11 +169,12 @@ def _floor(report: Mapping[str, Any]) -> list[str]:
         )
         parts.append(_table(head, rows))
         parts.append(
-            f'<p class="soft">In this run the machine copied {rates["copy_bytes_per_s"] / 1e9:.1f} GB/s '
-            f"and multiplied {rates['product_flop_per_s'] / 1e12:.2f} TFLOP/s in "
-            f"{rates['product_type']} ({escape(rates['measured_by'])}). Operations and bytes are "
-            "counted from the blocks' graphs: products, convolutions and attentions; stored weights, "
-            "inputs and outputs, each once.</p>"
+            f'<p class="soft">In this run the machine copied '
+            f"{rates['copy_bytes_per_s'] / 1e9:.1f} GB/s and multiplied "
+            f"{rates['product_flop_per_s'] / 1e12:.2f} TFLOP/s in {rates['product_type']} "
+            f"({escape(rates['measured_by'])}). Operations and bytes are counted from the blocks' "
+            "graphs: products, convolutions and attentions; stored weights, inputs and outputs, "
+            "each once.</p>"
         )
     if floor["reason"]:
         parts.append(f"<p>No floor: {escape(floor['reason'])}</p>")
@@ -209,9 +210,9 @@ def _peers(report: Mapping[str, Any]) -> list[str]:
     )
     parts.append(_table(head, rows, words=True))
     parts.append(
-        '<p class="soft">Each in a process of its own, same photograph and text; medians, preparing '
-        "the photograph left out of both. Memory is the card's where there is one: what PyTorch's "
-        "allocator holds, without CUDA's own.</p>"
+        '<p class="soft">Each in a process of its own, same photograph and text; medians, '
+        "preparing the photograph left out of both. Memory is the card's where there is one: what "
+        "PyTorch's allocator holds, without CUDA's own.</p>"
     )
     return parts
 

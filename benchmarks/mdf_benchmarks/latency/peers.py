@@ -1,6 +1,7 @@
 """The rivals, each as one value that reads a photograph and scores a text: what a user would run
 who has PyTorch and no engine. Nothing here is imported by the process that runs the engine."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class Stock:
 
     def prepare(self, picture: Picture) -> _Inputs:
         """Run Mllama's processor."""
-        made = self._processor([[picture]], return_tensors="pt")
+        made: Any = self._processor(picture, return_tensors="pt")
         return _Inputs(made.pixel_values, made.aspect_ratio_ids, made.aspect_ratio_mask)
 
     def look(self, inputs: _Inputs) -> None:
@@ -177,10 +178,7 @@ class Nf4(Stock):
     """The same, the language model's linears in bitsandbytes' NF4."""
 
     def __init__(self, options: PeerOptions) -> None:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise NotAvailableError(f"bitsandbytes: {error}; pip install bitsandbytes") from None
+        bitsandbytes = _import("bitsandbytes")
 
         def replace(linear: nn.Linear) -> nn.Module:
             packed = bitsandbytes.nn.Linear4bit(
@@ -208,24 +206,28 @@ class Int4(Stock):
     def __init__(self, options: PeerOptions) -> None:
         if options.device != "cuda":
             raise NotAvailableError("found no card, expected one: its kernel is CUDA's")
-        try:
-            import torchao
-            from torchao.quantization import Int4WeightOnlyConfig, quantize_
-        except ImportError as error:
-            raise NotAvailableError(f"torchao: {error}; pip install torchao") from None
+        torchao, quantization = _import("torchao"), _import("torchao.quantization")
         # PyTorch's own kernel; the default packing wants a package of Meta's beside torchao.
-        config = Int4WeightOnlyConfig(
+        config = quantization.Int4WeightOnlyConfig(
             group_size=_GROUP_SIZE,
             int4_packing_format="tile_packed_to_4d",
             set_inductor_config=False,
         )
 
         def replace(linear: nn.Linear) -> nn.Module:
-            quantize_(linear, config)
+            quantization.quantize_(linear, config)
             return linear
 
         super().__init__(options, tiles=1, replace=replace)
         self.model += f", linears of the language model INT4 (torchao {torchao.__version__})"
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise NotAvailableError(f"{package}: {error}; pip install {package}") from None
 
 
 @torch.no_grad()

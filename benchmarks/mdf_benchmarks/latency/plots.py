@@ -24,7 +24,7 @@ _STAGE_COLORS = {
     "fusion": "#7a5ea8",
     "decoder": ORANGE,
 }
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "font.size": 9,
     "axes.spines.top": False,

@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mdf_benchmarks.latency.against import with_ratios
 from mdf_benchmarks.latency.card import Card
 from mdf_benchmarks.latency.peer_process import NEEDS_CHECKPOINT, check_peers
 from mdf_sdk import BackendRunError, InputError, errors, load_manifest
+from mdf_sdk.manifest import Precision
 
 NOTICE = "Random weights: latency only."
 _CHECKPOINT_MODULE = "mdf_benchmarks.latency.random_checkpoint"
@@ -26,6 +28,7 @@ def measure_random(
     device: str,
     against: Sequence[str],
     options: Sequence[str],
+    progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Make engines of random weights and benchmark each, in a process of its own.
 
@@ -40,14 +43,26 @@ def measure_random(
         device: as MDFClassifier takes it.
         against: peers.
         options: for `mdf benchmark ENGINE`.
+        progress: told what is done, in words.
 
     Raises:
         MDFError: as `mdf export` and `mdf benchmark`.
     """
     check_peers(against)
-    checkpoint = ensure_checkpoint(preset, work, tokenizer)
+    if not precisions or set(precisions) - set(get_args(Precision)):
+        raise InputError(
+            f"precision: found {','.join(precisions)}, expected some of "
+            f"{', '.join(get_args(Precision))}"
+        )
+    start = time.monotonic()
+
+    def told(path: Path, what: str) -> Path:
+        progress(f"{what} {path} is there after {time.monotonic() - start:.0f} s")
+        return path
+
+    checkpoint = told(ensure_checkpoint(preset, work, tokenizer), "checkpoint")
     maker = "cuda" if device != "cpu" and Card.open() else "cpu"
-    engines = [ensure_engine(checkpoint, precision, maker) for precision in precisions]
+    engines = [told(ensure_engine(checkpoint, p, maker), "engine") for p in precisions]
     reports: list[dict[str, Any]] = []
     for engine in engines:
         command = ["mdf_sdk.cli", "benchmark", str(engine), *options, "--json"]
@@ -59,6 +74,7 @@ def measure_random(
         if known is not None:
             report["peers"] = [with_ratios(peer, report["latency"]) for peer in known]
         reports.append(report)
+        progress(f"benchmark of {engine} is there after {time.monotonic() - start:.0f} s")
     return reports
 
 

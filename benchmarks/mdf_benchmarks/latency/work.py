@@ -96,7 +96,7 @@ def _node_flop(node: "NodeProto", shapes: Mapping[str, Shape]) -> int:
 def _bytes(data_type: int, shape: Shape) -> int:
     import onnx
 
-    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}.get(data_type)
-    if bits is None:
-        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize
-    return -(-prod(shape) * bits // 8)
+    if data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return -(-prod(shape) // 2)
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(data_type).itemsize
+    return prod(shape) * itemsize
