@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -20,18 +19,29 @@ _PACKAGES = ("torch", "transformers", "bitsandbytes", "torchao")
 
 
 class Peer(Protocol):
-    """A rival. Every call ends when its result is there, on the host where it is the last."""
+    """A rival, made with PeerOptions.
+
+    Attributes:
+        model: what it is, in words.
+    """
 
     model: str
 
     def prepare(self, picture: npt.NDArray[np.uint8]) -> Any:
-        """Make a decoded photograph, uint8 (H, W, 3) RGB, what the model reads."""
+        """Make a decoded photograph, uint8 (H, W, 3) RGB, what the model reads; on the host."""
 
     def look(self, prepared: Any) -> None:
         """Compute what depends on the photograph alone, and keep it."""
 
     def answer(self, text: str) -> None:
-        """Score a text about the photograph that was last looked at."""
+        """Score a text about the photograph that was last looked at, down to numbers on the
+        host."""
+
+    def forget_peak(self) -> None:
+        """Count the card's memory from now on: rivals load in many ways."""
+
+    def peak_device_bytes(self) -> int | None:
+        """The most that it held on the card; None on the processor."""
 
 
 def serve(factory: str, options: PeerOptions, requests: IO[str], answers: IO[str]) -> None:
@@ -41,77 +51,46 @@ def serve(factory: str, options: PeerOptions, requests: IO[str], answers: IO[str
         print(json.dumps(content), file=answers, flush=True)
 
     try:
+        module, name = factory.split(":")
         start = time.perf_counter()
-        peer, synchronize = _load(factory, options)
+        peer: Peer = getattr(importlib.import_module(module), name)(options)
         load_ms = 1e3 * (time.perf_counter() - start)
-        server = _Server(peer, options, synchronize)
-        first_ms, *_ = server.ask("new_image", 0)
-        about = {
-            "model": peer.model,
-            "load_ms": load_ms,
-            "first_answer_ms": first_ms,
-            "versions": versions_of(_PACKAGES),
-        }
-        server.forget_peak()
-        answer(value=about)
+        picture = photograph(DECODED_PX)
+
+        def ask(kind: str, number: int) -> tuple[float, float, float]:
+            """Return milliseconds: whole, preparing the photograph, of the processor."""
+            other = numbered(picture, number)
+            text = options.texts[number % 2 if kind == "same_image_new_text" else 0]
+            start, cpu_start = time.perf_counter(), time.process_time()
+            prepared_at = start
+            if kind == "new_image":
+                prepared = peer.prepare(other)
+                prepared_at = time.perf_counter()
+                peer.look(prepared)
+            peer.answer(text)
+            end, cpu_end = time.perf_counter(), time.process_time()
+            return 1e3 * (end - start), 1e3 * (prepared_at - start), 1e3 * (cpu_end - cpu_start)
+
+        first_ms, *_ = ask("new_image", 0)
+        peer.forget_peak()
+        versions = versions_of(_PACKAGES)
+        answer(
+            value={
+                "model": peer.model,
+                "load_ms": load_ms,
+                "first_answer_ms": first_ms,
+                "versions": versions,
+            }
+        )
         for line in requests:
             kind, number = json.loads(line)
-            answer(value=server.memory() if kind == "memory" else server.ask(kind, number))
+            if kind == "memory":
+                held = {"peak_device_bytes": peer.peak_device_bytes()}
+                answer(value=held | {"peak_host_bytes": peak_host_bytes()})
+            else:
+                answer(value=ask(kind, number))
     except Exception as error:  # whatever a rival raises is told, and the others go on
         answer(failure={"status": _status(error), "reason": _reason(error)})
-
-
-class _Server:
-    def __init__(self, peer: Peer, options: PeerOptions, synchronize: Callable[[], None]) -> None:
-        self._peer, self._options, self._synchronize = peer, options, synchronize
-        self._picture = photograph(DECODED_PX)
-
-    def ask(self, kind: str, number: int) -> tuple[float, float, float]:
-        """Time one question: whole, preparing the photograph, processor time of all threads."""
-        import torch
-
-        picture = numbered(self._picture, number)
-        text = self._options.texts[number % 2 if kind == "same_image_new_text" else 0]
-        start, cpu_start = time.perf_counter(), time.process_time()
-        prepared_at = start
-        with torch.inference_mode():
-            if kind == "new_image":
-                prepared = self._peer.prepare(picture)
-                prepared_at = time.perf_counter()
-                self._peer.look(prepared)
-            self._peer.answer(text)
-        self._synchronize()
-        end, cpu_end = time.perf_counter(), time.process_time()
-        return 1e3 * (end - start), 1e3 * (prepared_at - start), 1e3 * (cpu_end - cpu_start)
-
-    def forget_peak(self) -> None:
-        """What loading took on the card is no part of the peak: others load in other ways."""
-        if self._options.device == "cuda":
-            import torch
-
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def memory(self) -> dict[str, int | None]:
-        device_bytes = None
-        if self._options.device == "cuda":
-            import torch
-
-            device_bytes = torch.cuda.max_memory_reserved()
-        return {"peak_host_bytes": peak_host_bytes(), "peak_device_bytes": device_bytes}
-
-
-def _load(factory: str, options: PeerOptions) -> tuple[Peer, Callable[[], None]]:
-    """Make the peer, and what waits for the card."""
-    import torch
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise NotAvailableError("found no card that PyTorch can use, expected one")
-    module, name = factory.split(":")
-    peer: Peer = getattr(importlib.import_module(module), name)(options)
-    return peer, torch.cuda.synchronize if options.device == "cuda" else lambda: None
 
 
 def _status(error: Exception) -> Status:

@@ -30,12 +30,34 @@ _GROUP_SIZE = 128  # torchao's default
 _STD = 0.02
 
 
-class Fused:
+class OnTorch:
+    """What all have in common: threads, and the card."""
+
+    def __init__(self, options: PeerOptions) -> None:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise NotAvailableError("found no card that PyTorch can use, expected one")
+        self.device = torch.device(options.device)
+
+    def forget_peak(self) -> None:
+        """Count the card's memory from now on."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_device_bytes(self) -> int | None:
+        """What PyTorch's allocator held at most, without CUDA's own."""
+        return torch.cuda.max_memory_reserved() if self.device.type == "cuda" else None
+
+
+class Fused(OnTorch):
     """The fused model of a checkpoint in float32, eager, on the processor."""
 
     model = "the checkpoint in PyTorch, float32, eager"
 
     def __init__(self, options: PeerOptions) -> None:
+        super().__init__(options)
         if options.checkpoint is None:
             raise NotAvailableError("found no checkpoint, expected one: --reference CHECKPOINT")
         checkpoint = load_checkpoint(options.checkpoint)
@@ -50,10 +72,12 @@ class Fused:
         )
         return tower, unet
 
+    @torch.inference_mode()
     def look(self, pixels: tuple[Tensor, Tensor]) -> None:
         """Compute what depends on the photograph alone, and keep it, as the engine does."""
         self._features = self._model.encode_image(*pixels)
 
+    @torch.inference_mode()
     def answer(self, text: str) -> None:
         """Score the labels."""
         packed = self._encoder.pack([self._encoder.encode(text)])
@@ -71,7 +95,7 @@ class _Inputs:
     aspect_ratio_mask: Tensor  # (1, 1, tiles)
 
 
-class Stock:
+class Stock(OnTorch):
     """transformers' Mllama of the engine's shape in bfloat16, with random weights and no U-Net.
 
     One forward to the next token's logits: what scoring costs before the first label. The
@@ -81,12 +105,11 @@ class Stock:
     def __init__(
         self, options: PeerOptions, *, tiles: int, replace: Replacement | None = None
     ) -> None:
+        super().__init__(options)
         manifest = load_manifest(options.engine)
         config = load_preset(manifest.model)
         vision = {k: v for k, v in config.vision.items() if k != "supported_aspect_ratios"}
-        self._tiles, self._device = tiles, torch.device(options.device)
         self.model = f"transformers Mllama, bfloat16, {tiles} tile{'s' * (tiles > 1)}"
-        # Here, and not of the config: the processor's own default is of another size.
         side = {"height": config.image.tower_px, "width": config.image.tower_px}
         self._processor = MllamaImageProcessor(
             size=side, max_image_tiles=tiles, image_mean=CLIP_MEAN, image_std=CLIP_STD
@@ -100,13 +123,13 @@ class Stock:
         with torch.device("meta"), _default_dtype(torch.bfloat16):
             self._mllama = MllamaForConditionalGeneration(mllama).eval()
         model = self._mllama.model
-        fill(model.vision_model, self._device)
-        fill(model.multi_modal_projector, self._device)
-        fill(model.language_model, self._device, replace)
-        fill(self._mllama.lm_head, self._device)
+        fill(model.vision_model, self.device)
+        fill(model.multi_modal_projector, self.device)
+        fill(model.language_model, self.device, replace)
+        fill(self._mllama.lm_head, self.device)
         # Its frequencies are computed, not stored: on the meta device they are lost.
         rotary = model.language_model.rotary_emb
-        model.language_model.rotary_emb = type(rotary)(rotary.config).to(self._device)
+        model.language_model.rotary_emb = type(rotary)(rotary.config).to(self.device)
         tokenizer_json = (options.engine / TOKENIZER_NAME).read_text(encoding="utf-8")
         self._encoder = PromptEncoder(tokenizer_json, manifest.prompt, manifest.labels)
         self.vision: Any = self._mllama.model.vision_model
@@ -119,25 +142,27 @@ class Stock:
         made: Any = self._processor(picture, return_tensors="pt")
         return _Inputs(made.pixel_values, made.aspect_ratio_ids, made.aspect_ratio_mask)
 
+    @torch.inference_mode()
     def look(self, inputs: _Inputs) -> None:
         """Vision tower and projector; keeps the states of all tiles."""
         mllama = self._mllama.model
-        mask = inputs.aspect_ratio_mask.to(self._device)
+        mask = inputs.aspect_ratio_mask.to(self.device)
         states = mllama.vision_model(
-            pixel_values=inputs.pixel_values.to(self._device, torch.bfloat16),
-            aspect_ratio_ids=inputs.aspect_ratio_ids.to(self._device),
+            pixel_values=inputs.pixel_values.to(self.device, torch.bfloat16),
+            aspect_ratio_ids=inputs.aspect_ratio_ids.to(self.device),
             aspect_ratio_mask=mask,
         ).last_hidden_state  # (1, 1, tiles, V, vision_output_dim)
         projected = mllama.multi_modal_projector(states)
         self._states = projected.reshape(-1, projected.shape[-2], projected.shape[-1])
         self._mask = mask
 
+    @torch.inference_mode()
     def answer(self, text: str) -> None:
         """One forward over instruction, image token, text and question."""
         encoder = self._encoder
         body = (encoder.image_id, *encoder.encode(text).ids, *encoder.suffix_ids)
-        ids = torch.tensor([[*encoder.prefix_ids, *body]], device=self._device)
-        sees = (torch.arange(ids.shape[1], device=self._device) >= len(encoder.prefix_ids)).long()
+        ids = torch.tensor([[*encoder.prefix_ids, *body]], device=self.device)
+        sees = (torch.arange(ids.shape[1], device=self.device) >= len(encoder.prefix_ids)).long()
         logits = self._mllama(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -230,7 +255,6 @@ def _import(module: str) -> Any:
         raise NotAvailableError(f"{package}: {error}; pip install {package}") from None
 
 
-@torch.no_grad()
 def fill(module: nn.Module, device: torch.device, replace: Replacement | None = None) -> None:
     """Give a module on the meta device random weights, one by one.
 
