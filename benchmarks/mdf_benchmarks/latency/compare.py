@@ -11,10 +11,11 @@ from mdf_benchmarks.latency.statistics import overlap, ratio_interval
 from mdf_benchmarks.latency.text import KIND_NAMES, describe_bytes, describe_interval
 from mdf_sdk import InputError
 
-_SAME_PACE = 0.1  # rates of copying and multiplying that differ by less are one machine's noise
+_SAME_PACE = 0.1  # what differs by less is one machine's noise
 NO_DIFFERENCE = "no difference shown"
 _CONDITIONS = ("device", "card", "backend", "threads", "quick")
-_MACHINE = ("cpu", "cores", "card", "system", "memory_bytes", "power_mode", "versions")
+_HARDWARE = ("cpu", "cores", "card", "memory_bytes")
+_MACHINE = (*_HARDWARE, "system", "power_mode", "versions")
 _PARTS = {"whole": "", "without_image": ", without preparing the photograph"}
 
 
@@ -59,15 +60,17 @@ def compare_reports(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any
                 f"compare: found {key.replace('_', ' ')} {a[key]} and {b[key]}, expected the same: "
                 "these reports answer different questions. Measure both alike: mdf benchmark ENGINE"
             )
-    same = not _differences(a["machine"], b["machine"], _MACHINE[:4])
-    paces = list(_paces(a, b).values()) if same else []
+    by_pace = [1.0, 1.0]  # what the machine's own pace explains
+    if not _differences(a["machine"], b["machine"], _HARDWARE):
+        _, low, high = _pace(a, b)
+        by_pace = [min(1.0, low), max(1.0, high)]
     return {
         "a": _identity(a),
         "b": _identity(b),
         "warnings": _warnings(a, b),
         "latency": {
             kind: {
-                part: _compare_part(a["latency"][kind], b["latency"][kind], part, paces)
+                part: _compare_part(a["latency"][kind], b["latency"][kind], part, by_pace)
                 for part in _PARTS
             }
             for kind in KIND_NAMES
@@ -116,16 +119,15 @@ def _identity(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare_part(
-    a: Mapping[str, Any], b: Mapping[str, Any], part: str, paces: Sequence[float]
+    a: Mapping[str, Any], b: Mapping[str, Any], part: str, by_pace: Sequence[float]
 ) -> dict[str, Any]:
     one, other = (times if part == "whole" else times["without_image"] for times in (a, b))
     key = "samples_ms" if part == "whole" else "without_image_samples_ms"
     ratio, low, high = ratio_interval(rounds_of(b, key), rounds_of(a, key))
     intervals = (one["p50_rounds_interval_ms"], other["p50_rounds_interval_ms"])
-    explained = [1.0, *(1 / pace for pace in paces)]
     if overlap(*intervals) or low <= 1 <= high:
         verdict = NO_DIFFERENCE
-    elif overlap((low, high), (min(explained), max(explained))):
+    elif overlap((low, high), by_pace):
         verdict = f"{NO_DIFFERENCE}, the machine's own pace changed as much"
     else:
         verdict = "B is slower" if ratio > 1 else "B is faster"
@@ -138,13 +140,9 @@ def _compare_part(
     }
 
 
-def _paces(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, float]:
-    """How many times as fast the machine copied and multiplied in B's run as in A's."""
-    one, other = (report["floor"]["rates"] for report in (a, b))
-    if one["product_type"] != other["product_type"]:
-        return {}
-    names = {"copy": "copy_bytes_per_s", "product": "product_flop_per_s"}
-    return {name: other[key] / one[key] for name, key in names.items() if one[key] and other[key]}
+def _pace(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float, float]:
+    """How many times as long the same plain work took in B's run as in A's, with its interval."""
+    return ratio_interval(rounds_of(b["pace"]), rounds_of(a["pace"]))
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -155,11 +153,12 @@ def _warnings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     found = [f"different {words}" for words in _differences(a, b, _CONDITIONS)]
     machines = _differences(a["machine"], b["machine"], _MACHINE)
     found += [f"different machine, {words}" for words in machines]
-    found += [
-        f"the machine's pace: a {name} was {pace:.2f} times as fast for B as for A"
-        for name, pace in _paces(a, b).items()
-        if abs(pace - 1) > _SAME_PACE
-    ]
+    pace, low, high = _pace(a, b)
+    if abs(pace - 1) > _SAME_PACE:
+        found.append(
+            f"the machine's own pace: the same plain work took {pace:.2f} times as long "
+            f"({low:.2f} to {high:.2f}) in B's run as in A's"
+        )
     for letter, report in (("A", a), ("B", b)):
         state = report["card_state"]
         if state is not None and state["throttled_by"]:

@@ -123,7 +123,7 @@ def measure(
                 watch.leave_card()
             questions = _questions(classifier, texts)
             with watch.phase("single stream"):
-                times = time_rounds(questions, plan.queries, least_s=plan.least_s)
+                stream = time_rounds(questions, plan.queries, least_s=plan.least_s)
             single_host_bytes, single_device_bytes = peak_host_bytes(), watch.most_device_bytes()
             with watch.phase("encoded photographs"):
                 decoding = _time_decoding(classifier, few)
@@ -135,8 +135,8 @@ def measure(
             if identity.device == "cpu":
                 options = PeerOptions(engine_dir, checkpoint, "cpu", threads, texts)
                 peers = [time_peer(name, options, plan.queries, questions) for name in against]
-    latency = {kind: found.report() for kind, found in times.items()}
-    stages = {kind: found.stages() for kind, found in times.items()}
+    latency = {kind: found.report() for kind, found in stream.times.items()}
+    stages = {kind: found.stages() for kind, found in stream.times.items()}
     tokens = len(encoder.encode(texts[0]).ids)
     asked = sum(WARM_UP + ROUNDS + found["n"] for found in latency.values())
     report = {
@@ -160,6 +160,7 @@ def measure(
         "prompt_tokens": len(encoder.prefix_ids) + encoder.count_rows(tokens),
         "load_ms": load_ms,
         "cold_start": cold_start,
+        "pace": stream.report_pace(),
         "latency": latency,
         "stages": stages,
         "decode_and_square": decoding,

@@ -128,6 +128,9 @@ def _latency(report: Mapping[str, Any]) -> str:
         rows.append(_times_row("– without preparing the photograph", times["without_image"]))
     decoding = report["decode_and_square"]
     rows.append(_times_row(f"decoding and squaring a JPEG of {decoding['side_px']} px", decoding))
+    rows.append(
+        _times_row("the machine's own pace: the same plain work, each turn", report["pace"])
+    )
     return _table(_TIMES, rows)
 
 

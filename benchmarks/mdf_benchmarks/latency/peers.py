@@ -62,7 +62,7 @@ class Fused(OnTorch):
             raise NotAvailableError("found no checkpoint, expected one: --reference CHECKPOINT")
         checkpoint = load_checkpoint(options.checkpoint)
         self._model, self._encoder = checkpoint.model, checkpoint.prompt_encoder()
-        self._features: Any = None
+        self.features: Any = None
 
     def prepare(self, picture: Picture) -> tuple[Tensor, Tensor]:
         """Return pixels of the vision tower and of the U-Net, each a batch of one."""
@@ -75,14 +75,14 @@ class Fused(OnTorch):
     @torch.inference_mode()
     def look(self, pixels: tuple[Tensor, Tensor]) -> None:
         """Compute what depends on the photograph alone, and keep it, as the engine does."""
-        self._features = self._model.encode_image(*pixels)
+        self.features = self._model.encode_image(*pixels)
 
     @torch.inference_mode()
     def answer(self, text: str) -> None:
         """Score the labels."""
         packed = self._encoder.pack([self._encoder.encode(text)])
         prompt = PromptTensors.from_packed(packed, self._encoder, "cpu")
-        hidden, _ = self._model.decode_text(self._features.states, prompt)
+        hidden, _ = self._model.decode_text(self.features.states, prompt)
         self._model.score_labels(hidden, prompt).numpy()
 
 
@@ -121,19 +121,19 @@ class Stock(OnTorch):
             image_token_index=config.text["vocab_size"],
         )
         with torch.device("meta"), _default_dtype(torch.bfloat16):
-            self._mllama = MllamaForConditionalGeneration(mllama).eval()
-        model = self._mllama.model
+            self.mllama = MllamaForConditionalGeneration(mllama).eval()
+        model = self.mllama.model
         fill(model.vision_model, self.device)
         fill(model.multi_modal_projector, self.device)
         fill(model.language_model, self.device, replace)
-        fill(self._mllama.lm_head, self.device)
+        fill(self.mllama.lm_head, self.device)
         # Its frequencies are computed, not stored: on the meta device they are lost.
         rotary = model.language_model.rotary_emb
         model.language_model.rotary_emb = type(rotary)(rotary.config).to(self.device)
         tokenizer_json = (options.engine / TOKENIZER_NAME).read_text(encoding="utf-8")
-        self._encoder = PromptEncoder(tokenizer_json, manifest.prompt, manifest.labels)
-        self.vision: Any = self._mllama.model.vision_model
-        self.language: Any = self._mllama.model.language_model
+        self.encoder = PromptEncoder(tokenizer_json, manifest.prompt, manifest.labels)
+        self.vision: Any = self.mllama.model.vision_model
+        self.language: Any = self.mllama.model.language_model
         self._states: Any = None
         self._mask: Any = None
 
@@ -142,10 +142,16 @@ class Stock(OnTorch):
         made: Any = self._processor(picture, return_tensors="pt")
         return _Inputs(made.pixel_values, made.aspect_ratio_ids, made.aspect_ratio_mask)
 
+    def token_ids(self, text: str) -> Tensor:
+        """Instruction, image token, text and question: int64 (1, T), on the host."""
+        encoder = self.encoder
+        body = (encoder.image_id, *encoder.encode(text).ids, *encoder.suffix_ids)
+        return torch.tensor([[*encoder.prefix_ids, *body]])
+
     @torch.inference_mode()
     def look(self, inputs: _Inputs) -> None:
         """Vision tower and projector; keeps the states of all tiles."""
-        mllama = self._mllama.model
+        mllama = self.mllama.model
         mask = inputs.aspect_ratio_mask.to(self.device)
         states = mllama.vision_model(
             pixel_values=inputs.pixel_values.to(self.device, torch.bfloat16),
@@ -158,12 +164,11 @@ class Stock(OnTorch):
 
     @torch.inference_mode()
     def answer(self, text: str) -> None:
-        """One forward over instruction, image token, text and question."""
-        encoder = self._encoder
-        body = (encoder.image_id, *encoder.encode(text).ids, *encoder.suffix_ids)
-        ids = torch.tensor([[*encoder.prefix_ids, *body]], device=self.device)
-        sees = (torch.arange(ids.shape[1], device=self.device) >= len(encoder.prefix_ids)).long()
-        logits = self._mllama(
+        """One forward over the prompt."""
+        ids = self.token_ids(text).to(self.device)
+        rows = torch.arange(ids.shape[1], device=self.device)
+        sees = (rows >= len(self.encoder.prefix_ids)).long()
+        logits = self.mllama(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             cross_attention_mask=sees[None, :, None, None]
@@ -229,9 +234,9 @@ class Int4(Stock):
     """The same, the language model's linears in torchao's INT4, weights only."""
 
     def __init__(self, options: PeerOptions) -> None:
+        torchao, quantization = _import("torchao"), _import("torchao.quantization")
         if options.device != "cuda":
             raise NotAvailableError("found no card, expected one: its kernel is CUDA's")
-        torchao, quantization = _import("torchao"), _import("torchao.quantization")
         # PyTorch's own kernel; the default packing wants a package of Meta's beside torchao.
         config = quantization.Int4WeightOnlyConfig(
             group_size=_GROUP_SIZE,

@@ -59,8 +59,9 @@ def _latency(report: Mapping[str, Any]) -> list[str]:
             for stage, found in report["stages"][kind].items()
             if stage != "total" and found["p99_ms"] > 0
         ]
-    decoding = report["decode_and_square"]
-    return [*lines, _row(f"JPEG of {decoding['side_px']} px, squared", decoding)]
+    decoding, pace = report["decode_and_square"], report["pace"]
+    lines.append(_row(f"JPEG of {decoding['side_px']} px, squared", decoding))
+    return [*lines, _row("machine's own pace", pace, pace["p50_rounds_interval_ms"])]
 
 
 def _row(name: str, times: Mapping[str, Any], interval: Sequence[float | None] = ()) -> str:

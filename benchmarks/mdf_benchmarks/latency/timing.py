@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from mdf_sdk import Prediction
 
 ROUNDS = 10
 WARM_UP = 5
+_PACES = 3  # a turn
+_PACE_STEPS = 100_000  # some 3 ms
 
 # Prepares a question by its number, untimed, and returns the call that is timed.
 Question = Callable[[int], Callable[[], Prediction]]
@@ -83,9 +85,40 @@ class Times:
         }
 
 
-def time_rounds(
-    kinds: Mapping[str, Question], queries: int, *, least_s: float = 0.0
-) -> dict[str, Times]:
+class Stream(NamedTuple):
+    """What single calls took.
+
+    Attributes:
+        times: by kind.
+        pace: of each round, what `time_pace` gave at the beginning of every turn, milliseconds.
+    """
+
+    times: dict[str, Times]
+    pace: list[Samples]
+
+    def report_pace(self) -> dict[str, Any]:
+        """JSON types, as a kind's report has them."""
+        return {
+            **_summarize_rounds(self.pace),
+            "samples_ms": _to_microseconds(self.pace),
+            "round_sizes": [len(samples) for samples in self.pace],
+        }
+
+
+def time_pace() -> float:
+    """Time the same plain work on one core, milliseconds: what others do on the machine shows.
+
+    With one and two busy neighbors on two cores it takes 1.0 and 3.3 times as long, the nano engine
+    1.1 and 3.0 times.
+    """
+    start = time.perf_counter()
+    total = 0
+    for number in range(_PACE_STEPS):
+        total += number
+    return 1e3 * (time.perf_counter() - start)
+
+
+def time_rounds(kinds: Mapping[str, Question], queries: int, *, least_s: float = 0.0) -> Stream:
     """Ask one question after another: in each of ten rounds a tenth of every kind's.
 
     What disturbs the machine for a while then meets every kind, and shows in the differences
@@ -97,14 +130,16 @@ def time_rounds(
         queries: of each kind, at least.
         least_s: and for so many seconds of the first kind, as MLPerf's single stream has it.
     """
-    times = {kind: Times() for kind in kinds}
+    times, pace = {kind: Times() for kind in kinds}, list[Samples]()
     numbers = {kind: count() for kind in kinds}
     for kind, question in kinds.items():
         for _ in range(WARM_UP):
             question(next(numbers[kind]))()
     first, each = next(iter(kinds)), -(-queries // ROUNDS)
     for _ in range(ROUNDS):
+        paces: list[float] = []
         for kind, question in kinds.items():
+            paces += [time_pace() for _ in range(_PACES)]
             least_ms = 1e3 * least_s / ROUNDS if kind == first else 0.0
             question(next(numbers[kind]))()
             samples: list[Sample] = []
@@ -113,7 +148,8 @@ def time_rounds(
                 samples.append(timed(question(next(numbers[kind]))))
                 spent_ms += samples[-1].whole_ms
             times[kind].rounds.append(samples)
-    return times
+        pace.append(np.array(paces))
+    return Stream(times, pace)
 
 
 def _summarize_rounds(rounds: list[Samples]) -> dict[str, Any]:
