@@ -7,6 +7,7 @@ from typing import Any
 
 from mdf_benchmarks.options import add_run_options
 from mdf_sdk import InputError
+from mdf_sdk.extras import import_extra
 
 
 def add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -62,6 +63,7 @@ def add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """Measure, or compare, and print."""
+    _check_files(args)
     if args.compare:
         return _compare(args)
     reports = _measure_random(args) if args.random or args.preset else [_measure_engine(args)]
@@ -74,6 +76,20 @@ def run_benchmark(args: argparse.Namespace) -> int:
     if args.json:
         print(_to_json(reports[0] if len(reports) == 1 else reports))
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Find out before minutes of measuring whether the result can be written."""
+    for path in (args.out, args.html):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise InputError(
+                f"{path}: found a directory, or none to write it in, expected a file's name. Make "
+                f"the directory: mkdir -p {path.parent}"
+            )
+    if args.html and args.compare:
+        raise InputError("mdf benchmark --compare: found --html, expected --out FILE, or neither")
+    if args.html:
+        import_extra("matplotlib.figure", "training")
 
 
 def _measure_engine(args: argparse.Namespace) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def _memory(report: Mapping[str, Any]) -> str:
             where,
             describe_bytes(memory[f"steady_{where}_bytes"]),
             describe_bytes(memory[f"peak_{where}_bytes"]),
-            describe_bytes(memory[f"peak_{where}_bytes_after_sweeps"]),
+            describe_bytes(memory[f"peak_after_sweeps_{where}_bytes"]),
         ]
         for where in wheres
     ]

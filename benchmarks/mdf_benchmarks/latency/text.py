@@ -85,7 +85,7 @@ def _memory(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{where} memory: peak {describe_bytes(memory[f'peak_{where}_bytes'])}, steady "
         f"{describe_bytes(memory[f'steady_{where}_bytes'])}, peak after sweeps "
-        f"{describe_bytes(memory[f'peak_{where}_bytes_after_sweeps'])}"
+        f"{describe_bytes(memory[f'peak_after_sweeps_{where}_bytes'])}"
         for where in ("host", "device")
         if where == "host" or report["device"] != "cpu"
     ]

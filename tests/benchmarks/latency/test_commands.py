@@ -1,6 +1,9 @@
 """mdf_benchmarks.latency.commands, .random_engine: the command line, engines of random weights."""
 
 import json
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from tokenizers import Tokenizer
 from mdf_benchmarks.latency.compare import load_report
 from mdf_benchmarks.latency.random_checkpoint import stand_in_tokenizer
 from mdf_benchmarks.latency.random_engine import NOTICE, ensure_checkpoint, ensure_engine
-from mdf_sdk import InputError, load_manifest, verify_engine
+from mdf_sdk import InputError, verify_engine
 from mdf_sdk.cli import main
 from mdf_sdk.prompt import PromptEncoder
 from mdf_training.config import PRESETS
@@ -30,17 +33,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def random_run(work: Path, planted: Any) -> tuple[list[str], dict[str, Any]]:
+def random_run(work: Path) -> tuple[list[str], dict[str, Any]]:
     """What `mdf benchmark --preset nano --random` prints, and its report."""
-    from contextlib import redirect_stdout
-    from io import StringIO
-
-    command = ["benchmark", "--preset", "nano", "--random", "--work", str(work), "--quick"]
+    command = ["benchmark", "--preset", "nano", "--random", "--work", str(work)]
+    options = ["--precision", "fp16", "--quick", "--threads", "1", "--json"]
     files = ["--out", str(work / "report.json"), "--html", str(work / "report.html")]
-    options = ["--precision", "fp16", "--threads", "1", "--against", "Quick,Greedy"]
-    # The engine's own benchmark runs in a process that knows no planted peers.
     with redirect_stdout(StringIO()) as printed:
-        assert main([*command, *files, *options[:4], "--json"]) == 0
+        assert main([*command, *options, *files]) == 0
     *lines, document = printed.getvalue().splitlines()
     return lines, json.loads(document)
 
@@ -132,7 +131,10 @@ def test_the_command_prints_a_table_and_one_json_document(
             "InputError",
             "vllm",
         ),
-        (["absent"], "ManifestError", "absent"),
+        (["absent"], "EngineError", "absent"),
+        (["DEMO", "--out", "absent/a.json"], "InputError", "mkdir -p absent"),
+        (["DEMO", "--html", "."], "InputError", "a file's name"),
+        (["--compare", "a", "b", "--html", "a.html"], "InputError", "--out FILE"),
         (["DEMO", "--against", "vllm"], "InputError", "bnb-nf4"),
         (["DEMO", "--against", "pytorch-cpu"], "InputError", "--reference CHECKPOINT"),
         (["DEMO", "--reference", "absent"], "CheckpointError", "absent"),
@@ -156,13 +158,18 @@ def test_bad_input_is_a_typed_error_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_page_without_matplotlib_is_refused_before_anything_is_measured(
+    demo_engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    error = error_of(capsys, str(demo_engine), "--html", "page.html")
+    assert error["type"] == "MissingExtraError"
+    assert "pip install 'mdf-mllm[training]'" in error["message"]
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = error_of(capsys, "--preset", "llama-4", "--random", "--work", str(tmp_path))
     assert error["type"] == "CheckpointError"
     assert "smol-135m" in error["message"]
-
-
-def test_a_preset_of_random_weights_has_its_notice_in_the_manifest(work: Path) -> None:
-    assert load_manifest(work / "nano-fp16").notice == NOTICE

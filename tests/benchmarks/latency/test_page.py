@@ -109,7 +109,7 @@ def test_a_card_is_described_where_there_is_one(report: dict[str, Any]) -> None:
         "power_limit_w": 700.0,
     }
     changed["memory"] |= {f"{key}_device_bytes": 9_000_000_000 for key in ("steady", "peak")}
-    changed["memory"]["peak_device_bytes_after_sweeps"] = 9_100_000_000
+    changed["memory"]["peak_after_sweeps_device_bytes"] = 9_100_000_000
     changed["memory"]["device_bytes"] = [9_000_000_000] * len(changed["memory"]["at_s"])
     changed["card_state"] = {
         "energy_j_per_prediction": 12.345,
