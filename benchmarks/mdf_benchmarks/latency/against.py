@@ -1,7 +1,6 @@
 """An engine's report and peers' names in, how many times as long each of them takes out."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -15,8 +14,7 @@ KINDS = ("new_image", "same_image_new_text")
 WITH_UNET = ("pytorch-cpu",)  # the others have less to do than the engine
 _WARM_UP = 3
 _MOST_QUERIES = 100
-_LEAST_ROUNDS = 3
-_ENOUGH_S = 40.0  # no round begins after that
+_ENOUGH_S = 30.0  # a slow one is asked less
 
 
 def time_peer(
@@ -30,7 +28,7 @@ def time_peer(
     Args:
         name: one of PEERS.
         options: what it is asked, and where.
-        queries: of each kind; at most 100 are asked, fewer of a slow one.
+        queries: of each kind; at most 100 are asked, of a slow one ten.
         engine: the engine's questions by kind, to be asked in turn with the peer's, so that what
             disturbs the machine meets both. None asks the peer alone.
 
@@ -57,6 +55,28 @@ def time_peer(
             }
     except PeerFailure as failure:
         return {"name": name, "status": failure.status, "reason": failure.reason}
+
+
+def add_peers(
+    reports: Sequence[dict[str, Any]],
+    names: Iterable[str],
+    options: PeerOptions,
+    queries: int,
+    save: Callable[[], None],
+) -> None:
+    """Ask peers alone, one after another, and add each to reports of engines of one shape.
+
+    Args:
+        reports: as `measure` returns them; `peers` grows.
+        names: of PEERS.
+        options, queries: as `time_peer` takes them.
+        save: called after each, so that what ends the run takes nothing away.
+    """
+    for name in names:
+        peer = time_peer(name, options, queries)
+        for report in reports:
+            report["peers"].append(with_ratios(peer, report["latency"]))
+        save()
 
 
 def with_ratios(peer: Mapping[str, Any], latency: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,18 +123,18 @@ def _ratio(
 def _ask(
     peer: PeerProcess, queries: int, engine: Mapping[str, Question] | None
 ) -> tuple[dict[str, Times], dict[str, Times]]:
-    each = -(-min(queries, _MOST_QUERIES) // ROUNDS)
     theirs = {kind: Times() for kind in KINDS}
     ours = {kind: Times() for kind in engine or ()}
+    longest_s = 0.0
     for kind in KINDS:
         for number in range(_WARM_UP):
-            peer.ask(kind, number)
+            warm = peer.ask(kind, number)
             if engine is not None:
                 engine[kind](number)()
-    start = time.monotonic()
+        longest_s = max(longest_s, 1e-3 * warm.whole_ms)
+    fit = int(_ENOUGH_S / (len(KINDS) * ROUNDS * longest_s))
+    each = max(1, min(fit, -(-min(queries, _MOST_QUERIES) // ROUNDS)))
     for round_ in range(ROUNDS):
-        if round_ >= _LEAST_ROUNDS and time.monotonic() - start > _ENOUGH_S:
-            break
         for kind in KINDS:
             numbers = range(_WARM_UP + round_ * each, _WARM_UP + (round_ + 1) * each)
             if engine is not None:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mdf_benchmarks.options import add_run_options
-from mdf_sdk import InputError
+from mdf_sdk import InputError, StorageError
 from mdf_sdk.extras import import_extra
 
 
@@ -42,6 +44,13 @@ def add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         metavar=("A.json", "B.json"),
         help="measure nothing: set two reports side by side",
     )
+    parser.add_argument(
+        "--from",
+        dest="report",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: print a report, and write its page with --html",
+    )
     random = parser.add_argument_group("random weights, for the latency of a shape")
     random.add_argument("--preset", help="llama-3.2-11b, smol-135m or nano; needs --random")
     random.add_argument("--random", action="store_true", help="make checkpoint and engine")
@@ -66,13 +75,14 @@ def run_benchmark(args: argparse.Namespace) -> int:
     _check_files(args)
     if args.compare:
         return _compare(args)
-    reports = _measure_random(args) if args.random or args.preset else [_measure_engine(args)]
     from mdf_benchmarks.latency.text import format_report
 
+    reports = _load(args) if args.report else _measure(args)
     for report in reports:
         print(format_report(report))
-        suffix = f"-{report['precision']}" if len(reports) > 1 else ""
-        _write(args, report, suffix)
+    for path in (args.out, args.html):
+        for report in reports if path else ():
+            print(f"written: {_name(path, report, args)}")
     if args.json:
         print(_to_json(reports[0] if len(reports) == 1 else reports))
     return 0
@@ -92,62 +102,45 @@ def _check_files(args: argparse.Namespace) -> None:
         import_extra("matplotlib.figure", "training")
 
 
-def _measure_engine(args: argparse.Namespace) -> dict[str, Any]:
-    from mdf_benchmarks.latency.measure import FULL, QUICK, measure
+def _load(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from mdf_benchmarks.latency.compare import load_report
 
-    if args.engine is None:
-        raise InputError(
-            "mdf benchmark: found no engine, expected one: mdf benchmark ENGINE. Without weights: "
-            "mdf benchmark --preset llama-3.2-11b --random --work DIR"
-        )
-    return measure(
-        args.engine,
-        QUICK if args.quick else FULL,
-        device=args.device,
-        threads=args.threads,
-        against=_peers(args),
-        checkpoint=args.reference,
-        text_tokens=args.text_tokens,
-    )
+    reports = [load_report(args.report)]
+    _save(args, reports)
+    return reports
 
 
-def _measure_random(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from mdf_benchmarks.latency.random_engine import measure_random
+def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from mdf_benchmarks.latency.peer_process import NEEDS_CHECKPOINT
+    from mdf_benchmarks.latency.run import Request, benchmark_engine, benchmark_random
 
+    names = [name for name in args.against.split(",") if name]
+    if args.reference and NEEDS_CHECKPOINT not in names:
+        names.append(NEEDS_CHECKPOINT)
+    request = Request(args.quick, args.device, args.threads, tuple(names), args.text_tokens)
+    save = partial(_save, args)
+    if not args.random and args.preset is None:
+        if args.engine is None:
+            raise InputError(
+                "mdf benchmark: found no engine, expected one: mdf benchmark ENGINE. Without "
+                "weights: mdf benchmark --preset llama-3.2-11b --random --work DIR"
+            )
+        return benchmark_engine(args.engine, args.reference, request, save)
     if not args.random or not args.preset or not args.work or args.engine or args.reference:
         raise InputError(
             "mdf benchmark: found some of --preset, --random and --work without the others, or "
             "with an engine or a reference, expected all three alone: "
             "mdf benchmark --preset llama-3.2-11b --random --work DIR"
         )
-    return measure_random(
+    return benchmark_random(
         args.preset,
         args.precision.split(","),
         args.work,
-        tokenizer=args.tokenizer,
-        device=args.device,
-        against=_peers(args),
-        options=_options(args),
-        progress=lambda line: print(line, flush=True),
+        args.tokenizer,
+        request,
+        save,
+        lambda line: print(line, flush=True),
     )
-
-
-def _peers(args: argparse.Namespace) -> list[str]:
-    from mdf_benchmarks.latency.peer_process import NEEDS_CHECKPOINT
-
-    names = [name for name in args.against.split(",") if name]
-    return names + [NEEDS_CHECKPOINT] * (bool(args.reference) and NEEDS_CHECKPOINT not in names)
-
-
-def _options(args: argparse.Namespace) -> list[str]:
-    """What each engine's own `mdf benchmark` is given."""
-    options = ["--device", args.device]
-    if args.quick:
-        options.append("--quick")
-    for name in ("threads", "text_tokens"):
-        if (value := getattr(args, name)) is not None:
-            options += [f"--{name.replace('_', '-')}", str(value)]
-    return options
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -156,23 +149,36 @@ def _compare(args: argparse.Namespace) -> int:
     comparison = compare_reports(*(load_report(path) for path in args.compare))
     print(format_comparison(comparison))
     if args.out:
-        args.out.write_text(_to_json(comparison) + "\n", encoding="utf-8")
+        _write(args.out, _to_json(comparison) + "\n")
     if args.json:
         print(_to_json(comparison))
     return 0
 
 
-def _write(args: argparse.Namespace, report: dict[str, Any], suffix: str) -> None:
-    if args.out:
-        path = args.out.with_stem(args.out.stem + suffix)
-        path.write_text(_to_json(report) + "\n", encoding="utf-8")
-        print(f"JSON: {path}")
-    if args.html:
-        from mdf_benchmarks.latency.page import format_page
+def _save(args: argparse.Namespace, reports: Sequence[dict[str, Any]]) -> None:
+    """Write what there is: a run that is ended later has lost nothing."""
+    from mdf_benchmarks.latency.page import format_page
 
-        path = args.html.with_stem(args.html.stem + suffix)
-        path.write_text(format_page(report), encoding="utf-8")
-        print(f"HTML: {path}")
+    for report in reports:
+        if args.out:
+            _write(_name(args.out, report, args), _to_json(report) + "\n")
+        if args.html:
+            _write(_name(args.html, report, args), format_page(report))
+
+
+def _name(path: Path, report: dict[str, Any], args: argparse.Namespace) -> Path:
+    """FILE, or FILE-PRECISION where several are asked for."""
+    several = args.random and "," in args.precision
+    return path.with_stem(f"{path.stem}-{report['precision']}") if several else path
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"{path}: {error.strerror}, expected to be able to write. Name another file"
+        ) from error
 
 
 def _to_json(document: Any) -> str:

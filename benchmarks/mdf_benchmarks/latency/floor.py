@@ -35,7 +35,7 @@ def measure_floor(
         ("bytes" or "arithmetic"), `p50_ms` and `times_floor`; `total`: `floor_ms`, `p50_ms` and
         `times_floor` of all. What cannot be had is None, and `reason` says why.
     """
-    rates = measure_rates(device)
+    rates = measure_rates("cpu" if device == "cpu" else "cuda")
     reasons = [rates["reason"]] if rates["reason"] else []
     if importlib.util.find_spec("onnx") is None:
         return {

@@ -42,6 +42,7 @@ FORMAT = "mdf benchmark, 2"
 BATCHES = (1, 2, 4, 8)
 CALLERS = (1, 2, 4, 8)
 _FEWER = 8  # sweeps and encoded photographs are asked an eighth as often
+_LEAST_CALLS = 3  # of a batch, or of each caller
 _PHOTOGRAPHS = 8  # encoded ones, in turn, so that none is still kept when it comes again
 POLICY = (
     f"{ROUNDS} rounds, in each a tenth of the calls of every kind; {WARM_UP} calls of each kind "
@@ -85,8 +86,8 @@ def measure(
         engine_dir: the engine.
         plan: how much is asked.
         device, threads: as MDFClassifier takes them.
-        against: peers, which are asked the same: on the processor in turn with the engine, on a
-            card when the engine has left it.
+        against: peers, asked in turn with the engine where it runs on the processor. On a card they
+            wait until it has left (`against.add_peers`): the report's `peers` is empty.
         checkpoint: what the engine was exported from, for the peer that runs it.
         text_tokens: of the clinical texts; None takes two sentences of usual length.
         classifier_type: makes the classifier.
@@ -103,10 +104,7 @@ def measure(
     check_peers(against)
     if NEEDS_CHECKPOINT in against:
         check_reference(checkpoint, manifest)
-    encoder = PromptEncoder(
-        (engine_dir / TOKENIZER_NAME).read_text(encoding="utf-8"), manifest.prompt, manifest.labels
-    )
-    texts = TEXTS if text_tokens is None else texts_of(text_tokens, encoder)
+    encoder, texts = texts_for(engine_dir, text_tokens)
     cold_start = measure_cold_start(
         engine_dir, device=device, threads=threads, runs=plan.cold_starts
     )
@@ -131,15 +129,17 @@ def measure(
                 batches = [_time_batches(classifier, size, few, texts) for size in BATCHES]
             with watch.phase("callers"):
                 callers = [_time_callers(classifier, n, few, texts[0]) for n in CALLERS]
-            peers = None
-            if identity.device == "cpu":
-                options = PeerOptions(engine_dir, checkpoint, "cpu", threads, texts)
-                peers = [time_peer(name, options, plan.queries, questions) for name in against]
+            options = PeerOptions(engine_dir, checkpoint, "cpu", threads, texts)
+            peers = [
+                time_peer(name, options, plan.queries, questions)
+                for name in against
+                if identity.device == "cpu"
+            ]
     latency = {kind: found.report() for kind, found in stream.times.items()}
     stages = {kind: found.stages() for kind, found in stream.times.items()}
     tokens = len(encoder.encode(texts[0]).ids)
     asked = sum(WARM_UP + ROUNDS + found["n"] for found in latency.values())
-    report = {
+    return {
         "format": FORMAT,
         "notice": manifest.notice,
         "model": manifest.model,
@@ -183,12 +183,20 @@ def measure(
             text_rows=encoder.count_rows(tokens),
             prefix_rows=len(encoder.prefix_ids),
         ),
-        "peers": None,
+        "peers": [with_ratios(peer, latency) for peer in peers],
     }
-    if peers is None:
-        options = PeerOptions(engine_dir, checkpoint, "cuda", threads, texts)
-        peers = [time_peer(name, options, plan.queries) for name in against]
-    return report | {"peers": [with_ratios(peer, latency) for peer in peers]}
+
+
+def texts_for(engine_dir: Path, tokens: int | None) -> tuple[PromptEncoder, tuple[str, str]]:
+    """Return an engine's prompt encoder, and the two texts that are asked.
+
+    Raises:
+        InputError: no text has so many tokens.
+    """
+    manifest = load_manifest(engine_dir)
+    tokenizer_json = (engine_dir / TOKENIZER_NAME).read_text(encoding="utf-8")
+    encoder = PromptEncoder(tokenizer_json, manifest.prompt, manifest.labels)
+    return encoder, TEXTS if tokens is None else texts_of(tokens, encoder)
 
 
 def _questions(classifier: MDFClassifier, texts: tuple[str, str]) -> dict[str, Question]:
@@ -219,9 +227,10 @@ def _time_decoding(classifier: MDFClassifier, queries: int) -> dict[str, Any]:
 
 
 def _time_batches(
-    classifier: MDFClassifier, size: int, calls: int, texts: tuple[str, str]
+    classifier: MDFClassifier, size: int, cases: int, texts: tuple[str, str]
 ) -> dict[str, Any]:
-    """Time `predict_batch` with new photographs."""
+    """Time `predict_batch` with as many new photographs in all, whatever the size."""
+    calls = max(_LEAST_CALLS, cases // size)
     picture, spent_ms = photograph(DECODED_PX), []
     for i in range(-1, calls):
         pictures = [numbered(picture, size * i + j) for j in range(size)]
@@ -237,8 +246,9 @@ def _time_batches(
     }
 
 
-def _time_callers(classifier: MDFClassifier, callers: int, calls: int, text: str) -> dict[str, Any]:
-    """Time so many threads that each ask `calls` questions, one after another."""
+def _time_callers(classifier: MDFClassifier, callers: int, cases: int, text: str) -> dict[str, Any]:
+    """Time threads that share so many questions, each asking one after another."""
+    calls = max(_LEAST_CALLS, cases // callers)
     picture = photograph(DECODED_PX)
 
     def call(caller: int) -> list[float]:

@@ -1,81 +1,16 @@
-"""A preset in, engines of random weights and a report of each out."""
+"""A preset in, engines of random weights out, each made once."""
 
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
 
-from mdf_benchmarks.latency.against import with_ratios
-from mdf_benchmarks.latency.card import Card
-from mdf_benchmarks.latency.peer_process import NEEDS_CHECKPOINT, check_peers
 from mdf_sdk import BackendRunError, InputError, errors, load_manifest
-from mdf_sdk.manifest import Precision
 
 NOTICE = "Random weights: latency only."
 _CHECKPOINT_MODULE = "mdf_benchmarks.latency.random_checkpoint"
 _FAILURE_CHARACTERS = 500
-
-
-def measure_random(
-    preset: str,
-    precisions: Sequence[str],
-    work: Path,
-    *,
-    tokenizer: Path | None,
-    device: str,
-    against: Sequence[str],
-    options: Sequence[str],
-    progress: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Make engines of random weights and benchmark each, in a process of its own.
-
-    So that the memory which making it took is in no figure. On a card a peer is asked once, alone:
-    the reports after the first have its times from there.
-
-    Args:
-        preset: its name.
-        precisions: one report for each.
-        work: directory for checkpoint and engines; what is there already is not made again.
-        tokenizer: the model's tokenizer.json; None takes a stand-in.
-        device: as MDFClassifier takes it.
-        against: peers.
-        options: for `mdf benchmark ENGINE`.
-        progress: told what is done, in words.
-
-    Raises:
-        MDFError: as `mdf export` and `mdf benchmark`.
-    """
-    check_peers(against)
-    if not precisions or set(precisions) - set(get_args(Precision)):
-        raise InputError(
-            f"precision: found {','.join(precisions)}, expected some of "
-            f"{', '.join(get_args(Precision))}"
-        )
-    start = time.monotonic()
-
-    def told(path: Path, what: str) -> Path:
-        progress(f"{what} {path} is there after {time.monotonic() - start:.0f} s")
-        return path
-
-    checkpoint = told(ensure_checkpoint(preset, work, tokenizer), "checkpoint")
-    maker = "cuda" if device != "cpu" and Card.open() else "cpu"
-    engines = [told(ensure_engine(checkpoint, p, maker), "engine") for p in precisions]
-    reports: list[dict[str, Any]] = []
-    for engine in engines:
-        command = ["mdf_sdk.cli", "benchmark", str(engine), *options, "--json"]
-        known = reports[0]["peers"] if reports and reports[0]["device"] != "cpu" else None
-        if against and known is None:
-            command += ["--against", ",".join(against)]
-            command += ["--reference", str(checkpoint)] * (NEEDS_CHECKPOINT in against)
-        report: dict[str, Any] = json.loads(_run(command)[-1])
-        if known is not None:
-            report["peers"] = [with_ratios(peer, report["latency"]) for peer in known]
-        reports.append(report)
-        progress(f"benchmark of {engine} is there after {time.monotonic() - start:.0f} s")
-    return reports
 
 
 def ensure_checkpoint(preset: str, work: Path, tokenizer: Path | None) -> Path:
@@ -89,7 +24,9 @@ def ensure_checkpoint(preset: str, work: Path, tokenizer: Path | None) -> Path:
     folder = work / preset
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
-        _run([_CHECKPOINT_MODULE, preset, str(folder), *([str(tokenizer)] if tokenizer else [])])
+        run_module(
+            [_CHECKPOINT_MODULE, preset, str(folder), *([str(tokenizer)] if tokenizer else [])]
+        )
     elif tokenizer is not None:
         there = (folder / "tokenizer.json").read_text(encoding="utf-8")
         if there != tokenizer.read_text(encoding="utf-8"):
@@ -115,7 +52,7 @@ def ensure_engine(checkpoint: Path, precision: str, device: str) -> Path:
     engine = checkpoint.with_name(f"{checkpoint.name}-{precision}")
     if not engine.exists():
         options = ["--precision", precision, "--method", "rtn", "--device", device, "--json"]
-        _run(["mdf_sdk.cli", "export", str(checkpoint), str(engine), *options])
+        run_module(["mdf_sdk.cli", "export", str(checkpoint), str(engine), *options])
     manifest = load_manifest(engine)
     found = (manifest.model, manifest.precision, manifest.notice)
     if found != (checkpoint.name, precision, NOTICE):
@@ -126,7 +63,7 @@ def ensure_engine(checkpoint: Path, precision: str, device: str) -> Path:
     return engine
 
 
-def _run(command: Sequence[str]) -> list[str]:
+def run_module(command: Sequence[str]) -> list[str]:
     """Run a module and return its lines; raise the error that it tells in the last one."""
     done = subprocess.run(
         [sys.executable, "-m", *command], capture_output=True, text=True, check=False
