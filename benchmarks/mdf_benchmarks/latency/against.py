@@ -47,7 +47,7 @@ def time_peer(
                 "status": "ok",
                 "reason": None,
                 **peer.about,
-                "weights": "of the checkpoint" if name in WITH_UNET else "random",
+                "weights": "the checkpoint's" if name in WITH_UNET else "random",
                 "unet": name in WITH_UNET,
                 **peer.memory(),
                 "latency": {kind: times.report() for kind, times in theirs.items()},

@@ -121,23 +121,26 @@ def plot_floor(report: Mapping[str, Any]) -> str:
 
 
 def plot_peers(report: Mapping[str, Any]) -> str:
-    """Draw engine and peers, new photograph without preparing it, with the ratio's interval."""
+    """Draw how many times as long as the engine each takes over a new photograph, preparing it
+    left out, with the interval."""
     answered = [peer for peer in report["peers"] if peer["status"] == "ok"]
     figure, axes = _new(0.9 + 0.36 * (len(answered) + 1))
-    names = [f"engine, {report['precision']}", *(peer["name"] for peer in answered)]
-    times = [report["latency"]["new_image"]["without_image"]["p50_ms"]]
-    times += [peer["latency"]["new_image"]["without_image"]["p50_ms"] for peer in answered]
-    axes.barh(range(len(names)), times, color=[BLUE, *[SOFT] * len(answered)], height=0.62)
-    axes.text(times[0], 0, f" {times[0]:.2f} ms", va="center", fontsize=8.5)
+    most = 1.0
+    axes.barh(0, 1.0, color=BLUE, height=0.62)
+    axes.axvline(1.0, color=BLUE, linewidth=0.8, linestyle=":")
     for row, peer in enumerate(answered, start=1):
         found = peer["ratios"]["new_image"]["without_image"]
-        low, high = found["interval"]
-        note = f" {times[row]:.2f} ms, {found['ratio']:.2f} times ({low:.2f} to {high:.2f})"
-        axes.text(times[row], row, note, va="center", fontsize=8.5)
+        ratio, (low, high) = found["ratio"], found["interval"]
+        ms = peer["latency"]["new_image"]["without_image"]["p50_ms"]
+        axes.barh(row, ratio, color=SOFT, height=0.62)
+        axes.plot([low, high], [row, row], color=INK, linewidth=1.2)
+        axes.text(max(ratio, high), row, f"  {ratio:.2f} times, {ms:.2f} ms", va="center")
+        most = max(most, ratio, high)
+    names = [f"engine, {report['precision']}", *(peer["name"] for peer in answered)]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max(times))
-    axes.set_xlabel("ms, new photograph, medians, preparing it left out")
+    axes.set_xlim(0, 1.35 * most)
+    axes.set_xlabel("times as long as the engine, new photograph, preparing it left out")
     return _to_svg(figure, "peers")
 
 
