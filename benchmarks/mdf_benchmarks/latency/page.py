@@ -238,7 +238,9 @@ def _memory(report: Mapping[str, Any]) -> str:
 def _sweeps(report: Mapping[str, Any]) -> str:
     rows = [
         [
-            f"batch of {e['batch']}" if "batch" in e else f"{e['callers']} callers",
+            f"batch of {e['batch']}"
+            if "batch" in e
+            else f"{e['callers']} caller{'s' * (e['callers'] > 1)}",
             f"{e['p50_ms']:.2f}",
             f"{e['p99_ms']:.2f}",
             f"{e['per_s']:.1f}",

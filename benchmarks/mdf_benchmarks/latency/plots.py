@@ -11,6 +11,7 @@ from mdf_benchmarks.latency.text import KIND_NAMES
 from mdf_sdk.extras import import_extra
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, SOFT, BLUE, ORANGE, GREEN = "#222222", "#9aa5b1", "#2563a8", "#d9822b", "#3a8f5c"
@@ -50,7 +51,7 @@ def plot_waterfall(report: Mapping[str, Any]) -> str:
         if name == "unet_encoder" and together:
             start = end - stages["vision"]["p50_ms"]
         axes.barh(row, ms, left=start, color=_STAGE_COLORS[name], height=0.62)
-        axes.text(start + ms, row, f" {ms:.2f} ms", va="center", fontsize=8.5)
+        _label(axes, start + ms, row, f"{ms:.2f} ms")
         end = max(end, start + ms)
     axes.set_yticks(range(len(shown)), shown)
     axes.invert_yaxis()
@@ -110,8 +111,8 @@ def plot_floor(report: Mapping[str, Any]) -> str:
         for offset, key, color in ((-0.15, "bytes_ms", BLUE), (0.15, "arithmetic_ms", ORANGE)):
             label = f"floor by {key.removesuffix('_ms')}" if not row else None
             axes.barh(row + offset, block[key], color=color, height=0.26, label=label)
-        note = f" {block['p50_ms']:.2f} ms, {block['times_floor']:.1f} times its floor"
-        axes.text(block["p50_ms"], row, note, va="center", fontsize=8.5)
+        note = f"{block['p50_ms']:.2f} ms, {block['times_floor']:.1f} times its floor"
+        _label(axes, block["p50_ms"], row, note)
     axes.set_yticks(range(len(blocks)), blocks)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.45 * max(block["p50_ms"] for block in blocks.values()))
@@ -134,7 +135,7 @@ def plot_peers(report: Mapping[str, Any]) -> str:
         ms = peer["latency"]["new_image"]["without_image"]["p50_ms"]
         axes.barh(row, ratio, color=SOFT, height=0.62)
         axes.plot([low, high], [row, row], color=INK, linewidth=1.2)
-        axes.text(max(ratio, high), row, f"  {ratio:.2f} times, {ms:.2f} ms", va="center")
+        _label(axes, max(ratio, high), row, f"{ratio:.2f} times, {ms:.2f} ms")
         most = max(most, ratio, high)
     names = [f"engine, {report['precision']}", *(peer["name"] for peer in answered)]
     axes.set_yticks(range(len(names)), names)
@@ -166,6 +167,13 @@ def plot_sweeps(report: Mapping[str, Any]) -> str:
         axes.set_xticks([1, 2, 4, 8])
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
     return _to_svg(figure, "sweeps")
+
+
+def _label(axes: "Axes", x: float, row: int, text: str) -> None:
+    """Write beside the end of a bar."""
+    axes.annotate(
+        text, (x, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
+    )
 
 
 def _new(height_in: float, columns: int = 1) -> "tuple[Figure, Any]":
