@@ -95,7 +95,8 @@ def test_a_page_has_every_plot_figure_and_failure(page: Page, report: dict[str, 
 
 def test_what_a_report_says_is_no_markup(report: dict[str, Any]) -> None:
     card = "<script>alert(1)</script>"
-    changed = report | {"card": card, "notice": card}
+    broken = {"name": "Greedy", "status": "failed", "reason": card}
+    changed = report | {"card": card, "notice": card, "peers": [broken]}
     assert card in " ".join(Page(format_page(changed)).words)
     assert "<script" not in format_page(changed)
 
