@@ -2,8 +2,7 @@
 who has PyTorch and no engine. Nothing here is imported by the process that runs the engine."""
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,8 +119,8 @@ class Stock(OnTorch):
             vision_config={**vision, "max_num_tiles": tiles, "supported_aspect_ratios": ratios},
             image_token_index=config.text["vocab_size"],
         )
-        with torch.device("meta"), _default_dtype(torch.bfloat16):
-            self.mllama = MllamaForConditionalGeneration(mllama).eval()
+        with torch.device("meta"):
+            self.mllama: Any = MllamaForConditionalGeneration(mllama).eval().bfloat16()
         model = self.mllama.model
         fill(model.vision_model, self.device)
         fill(model.multi_modal_projector, self.device)
@@ -277,16 +276,6 @@ def fill(module: nn.Module, device: torch.device, replace: Replacement | None = 
         fill(child, device, replace)
         if replace is not None and isinstance(child, nn.Linear):
             setattr(module, name, replace(child))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _aspect_ratios(tiles: int) -> list[list[int]]:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from mdf_benchmarks.latency import random_checkpoint
 from mdf_benchmarks.latency.compare import load_report
 from mdf_benchmarks.latency.random_checkpoint import stand_in_tokenizer
 from mdf_benchmarks.latency.random_engine import NOTICE, ensure_checkpoint, ensure_engine
-from mdf_sdk import InputError, verify_engine
+from mdf_sdk import CheckpointError, DeviceMemoryError, InputError, verify_engine
 from mdf_sdk.cli import main
 from mdf_sdk.prompt import PromptEncoder
 from mdf_training.config import PRESETS
@@ -56,6 +57,23 @@ def test_a_preset_of_random_weights_is_built_and_measured_and_says_so(
         assert NOTICE in text
         assert "ccuracy" not in text
     assert verify_engine(work / "nano-fp16").ok  # PyTorch's numbers, from the same random weights
+
+
+def test_a_host_without_the_memory_for_a_checkpoint_is_told_before_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random_checkpoint, "free_and_total_bytes", lambda: (10**6, 10**10))
+    with pytest.raises(DeviceMemoryError, match=r"0\.0 GB.*smol-135m"):
+        random_checkpoint.save_random_checkpoint("nano", tmp_path / "nano", None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "no.json").write_text("{}")
+    (tmp_path / "smol.json").write_text(stand_in_tokenizer(PRESETS["smol-135m"]))
+    for name in ("absent.json", "no.json", "smol.json"):
+        with pytest.raises(CheckpointError, match=f"{name}.*Leave --tokenizer out"):
+            random_checkpoint.read_tokenizer(tmp_path / name, PRESETS["nano"])
 
 
 def test_what_is_made_is_found_again(
@@ -102,15 +120,22 @@ def test_a_stand_in_tokenizer_takes_most_words_of_the_prompt_for_a_token(preset:
 
 
 def test_the_command_prints_a_table_and_one_json_document(
-    tiny_engine: Path, capsys: pytest.CaptureFixture[str]
+    tiny_engine: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["benchmark", str(tiny_engine), "--quick", "--threads", "1", "--json"]) == 0
+    command = ["benchmark", str(tiny_engine), "--reference", str(tiny_checkpoint)]
+    assert main([*command, "--quick", "--threads", "1", "--json"]) == 0
     *lines, document = capsys.readouterr().out.splitlines()
     report = json.loads(document)
     assert report["latency"]["new_image"]["n"] == 50
     for name in ("new image", "  decoder", "batch 8", "callers 8", "host memory", "all"):
         assert any(line.startswith(name) for line in lines)
     assert lines[0] == "NOTICE  Random weights, for tests."
+    (peer,) = report["peers"]
+    assert (peer["name"], peer["status"], peer["unet"]) == ("pytorch-cpu", "ok", True)
+    assert peer["latency"]["new_image"]["n"] == peer["engine_latency"]["new_image"]["n"] == 50
+    assert peer["ratios"]["new_image"]["whole"]["ratio"] > 0
+    assert {"torch", "transformers"} <= peer["versions"].keys()
+    assert any(line.startswith("pytorch-cpu") for line in lines)
 
 
 @pytest.mark.parametrize(
