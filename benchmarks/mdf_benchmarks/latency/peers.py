@@ -3,7 +3,7 @@ who has PyTorch and no engine. Nothing here is imported by the process that runs
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class Fused(OnTorch):
     model = "the checkpoint in PyTorch, float32, eager"
 
     def __init__(self, options: PeerOptions) -> None:
-        super().__init__(options)
+        super().__init__(replace(options, device="cpu"))
         if options.checkpoint is None:
             raise NotAvailableError("found no checkpoint, expected one: --reference CHECKPOINT")
         checkpoint = load_checkpoint(options.checkpoint)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ def test_a_stock_model_sees_its_photograph(options: PeerOptions) -> None:
 def test_the_checkpoint_in_pytorch_keeps_what_depends_on_the_photograph(
     options: PeerOptions, tiny_checkpoint: Path
 ) -> None:
-    peer = Fused(options)
+    peer = Fused(replace(options, device="cuda"))  # which it leaves to others
+    assert peer.peak_device_bytes() is None
     peer.look(peer.prepare(photograph(DECODED_PX)))
     kept = peer.features
     peer.answer(TEXT)
