@@ -1,9 +1,9 @@
 """The rivals, each as one value that reads a photograph and scores a text: what a user would run
 who has PyTorch and no engine. Nothing here is imported by the process that runs the engine."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class Fused(OnTorch):
     model = "the checkpoint in PyTorch, float32, eager"
 
     def __init__(self, options: PeerOptions) -> None:
-        super().__init__(replace(options, device="cpu"))
+        super().__init__(dataclasses.replace(options, device="cpu"))
         if options.checkpoint is None:
             raise NotAvailableError("found no checkpoint, expected one: --reference CHECKPOINT")
         checkpoint = load_checkpoint(options.checkpoint)
@@ -85,7 +85,7 @@ class Fused(OnTorch):
         self._model.score_labels(hidden, prompt).numpy()
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Inputs:
     """What Mllama's processor makes of a photograph, on the host."""
 
