@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdf_benchmarks.commands import add_run_options
+from mdf_benchmarks.options import add_run_options
 
 if TYPE_CHECKING:
-    from mdf_benchmarks.soak import MemoryCourse, SoakReport
+    from mdf_benchmarks.soak.soak import MemoryCourse, SoakReport
 
 
 def add_soak(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,7 +27,7 @@ def add_soak(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def run_soak(args: argparse.Namespace) -> int:
     """Soak and print; 1 where anything broke."""
-    from mdf_benchmarks.soak import soak
+    from mdf_benchmarks.soak.soak import soak
 
     report = soak(
         args.engine,

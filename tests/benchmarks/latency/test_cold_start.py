@@ -1,4 +1,4 @@
-"""mdf_benchmarks.cold_start: a process of its own, and its failure told."""
+"""mdf_benchmarks.latency.cold_start: a process of its own, and its failure told."""
 
 import subprocess
 import sys
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mdf_benchmarks.cold_start import measure_cold_start
+from mdf_benchmarks.latency.cold_start import measure_cold_start
 from mdf_sdk.errors import BackendRunError
 
 
 def test_the_module_that_is_timed_imports_nothing_heavy_before_its_clock() -> None:
-    code = "import sys, mdf_benchmarks.cold_start; print('numpy' in sys.modules)"
+    code = "import sys, mdf_benchmarks.latency.cold_start; print('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mdf_benchmarks.memory import resident_bytes
-from mdf_benchmarks.soak_calls import EVIDENCE_CASES, Call, Case, make_cases, plan_calls
+from mdf_benchmarks.soak.calls import EVIDENCE_CASES, Call, Case, make_cases, plan_calls
 from mdf_sdk import BusyError, ClosedError, InputError, MDFClassifier, Prediction
 from mdf_sdk.machine import machine_card
 

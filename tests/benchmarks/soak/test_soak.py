@@ -1,4 +1,4 @@
-"""mdf_benchmarks.soak: nothing breaks in a short one, and each planted fault is found."""
+"""mdf_benchmarks.soak.soak: nothing breaks in a short one, and each planted fault is found."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdf_benchmarks.soak import (
+from mdf_benchmarks.soak.calls import Call, make_cases, plan_calls, refused_calls
+from mdf_benchmarks.soak.soak import (
     Answer,
     SoakReport,
     _course,
@@ -23,7 +24,6 @@ from mdf_benchmarks.soak import (
     soak,
     to_answer,
 )
-from mdf_benchmarks.soak_calls import Call, make_cases, plan_calls, refused_calls
 from mdf_sdk import ClosedError, InputError, MDFClassifier, Prediction
 from mdf_sdk.cli import main
 

@@ -1,7 +1,7 @@
 """An engine in, the milliseconds from a new process to its first answer out.
 
-As a module (`python -m mdf_benchmarks.cold_start`) it is that process: it imports nothing heavy
-before its clock runs.
+As a module (`python -m mdf_benchmarks.latency.cold_start`) it is that process: it imports nothing
+heavy before its clock runs.
 """
 
 import json
@@ -39,7 +39,7 @@ def measure_cold_start(
 def _start_process(engine_dir: Path, device: str, threads: int | None) -> dict[str, float]:
     arguments = [str(engine_dir), device, str(threads or 0), repr(time.time())]
     done = subprocess.run(
-        [sys.executable, "-m", "mdf_benchmarks.cold_start", *arguments],
+        [sys.executable, "-m", "mdf_benchmarks.latency.cold_start", *arguments],
         capture_output=True,
         text=True,
         check=False,
