@@ -26,7 +26,11 @@ from mdf_sdk.manifest import Manifest
 
 Float64 = npt.NDArray[np.float64]
 WRITTEN_BLOCKS = ("vision", "fusion", "decoder")
-_KINDS = {TensorProto.INT4: "int4", TensorProto.INT8: "int8", TensorProto.FLOAT8E4M3FN: "fp8"}
+_KINDS: dict[int, str] = {
+    TensorProto.INT4: "int4",
+    TensorProto.INT8: "int8",
+    TensorProto.FLOAT8E4M3FN: "fp8",
+}
 _LEVELS = {"int4": (-8, 7), "int8": (-128, 127)}
 _PARTS = 20  # of the codes that _gain looks at
 
@@ -39,9 +43,9 @@ class ConstantDifference:
         name: in the graph.
         kind: "int4", "int8" or "fp8", a linear's weight, dequantized; "float", rounded to the
             graph's float type as the checkpoint's is; "index", shapes and indices; "missing".
-        relative_l2: |found - expected| / |expected|, L2 norms; infinite where shapes differ, and for
-            an index that is not the expected one.
-        gain: the factor on the weights. Of integers, that of `_gain`; else |found| / |expected|.
+        relative_l2: |found - expected| / |expected|, L2 norms; infinite where shapes differ, and
+            for an index that is not the expected one.
+        gain: the factor on the weights; of integers, see `_judge_codes`, else |found| / |expected|.
         spread: of integers, root mean square over their groups of slope - 1, the slope that of the
             group's integers on those that its own scale gives for the checkpoint's weights. A scale
             that belongs to another group shows in it. 0 of the others.

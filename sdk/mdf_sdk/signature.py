@@ -90,7 +90,8 @@ def check_signature(data: bytes, engine_dir: Path, trusted_key: TrustedKey) -> N
         raise SignatureError(
             f"{engine_dir}: found a signature of another key or over another {MANIFEST_NAME}, "
             f"expected one by the key {fingerprint(trusted_key)}. Do not use this engine. Get it "
-            "again from who made it, or, if you trust it, sign it: mdf sign ENGINE --key PRIVATE.pem"
+            "again from who made it, or, if you trust it, sign it: mdf sign ENGINE --key "
+            "PRIVATE.pem"
         )
 
 

@@ -158,7 +158,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if len(data) > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES} bytes")
-        document = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        document: dict[str, Any] = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
         _check_form(document)
     except (ValueError, RecursionError) as error:
         raise CertificateError(

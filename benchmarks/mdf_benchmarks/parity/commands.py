@@ -1,4 +1,4 @@
-"""`mdf parity`: an engine and its checkpoint in, a certificate out; a certificate in, a yes or no."""
+"""`mdf parity`: engine and checkpoint in, a certificate out; a certificate in, yes or no out."""
 
 import argparse
 import json

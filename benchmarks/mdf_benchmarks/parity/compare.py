@@ -31,7 +31,7 @@ from mdf_sdk.machine import machine_card
 from mdf_sdk.manifest import Manifest
 from mdf_training.config import ModelConfig
 from mdf_training.data.pixels import batches
-from mdf_training.evaluation.evaluate import BATCH_SIZE, Scores
+from mdf_training.evaluation.evaluate import BATCH_SIZE
 
 PACKAGES = ("mdf-mllm", "torch", "transformers", "onnx", "onnxruntime", "numpy")
 
@@ -187,6 +187,10 @@ def check_same_model(engine_dir: Path, manifest: Manifest, config: ModelConfig) 
             )
 
 
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _check_end_to_end(
     reference: Reference, engine_dir: Path, manifest: Manifest, thresholds: Thresholds, device: str
 ) -> list[Check]:
@@ -196,11 +200,12 @@ def _check_end_to_end(
         return engine_pixels(reference, manifest.image, indices)
 
     rows, temperature = reference.data.rows, manifest.temperature
-    scores: list[Scores] = []
     try:
         with MDFClassifier(engine_dir, device=device) as classifier:
-            for batch in batches(range(len(rows)), BATCH_SIZE):
-                scores.append(classifier.score(*read(batch), [rows[i].text for i in batch]))
+            scores = [
+                classifier.score(*read(batch), [rows[i].text for i in batch])
+                for batch in batches(range(len(rows)), BATCH_SIZE)
+            ]
             controls = score_controls(
                 classifier.score, manifest.image, read, rows, reference.control_indices
             )

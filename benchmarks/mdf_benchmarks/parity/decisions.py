@@ -59,9 +59,9 @@ class Thresholds:
         needed = cases_needed(self.margin, self.confidence)
         if n < needed:
             raise DataError(
-                f"data: found {n} cases, expected at least {needed}: fewer cannot show that the "
-                f"engine is at most {self.margin:g} worse at {self.confidence:.4g} confidence, even "
-                "if no label differs. Pass more cases, or declare a wider margin: --margin"
+                f"data: found {n} cases, expected at least {needed}: fewer cannot show a margin of "
+                f"{self.margin:g} at {self.confidence:.4g} confidence, even if no label differs. "
+                "Pass more cases, or declare a wider margin: --margin"
             )
 
 
@@ -110,7 +110,8 @@ def check_sensitivity(
                         f"more than {DEAD_SHIFT:g}",
                     )
                 )
-        if theirs > DEAD_SHIFT and not 1 / SHIFT_RATIO <= ours / theirs <= SHIFT_RATIO:
+        alive = min(ours, theirs) > DEAD_SHIFT
+        if alive and not 1 / SHIFT_RATIO <= ours / theirs <= SHIFT_RATIO:
             faults.append(
                 Fault(
                     f"engine, {words}",
@@ -209,7 +210,7 @@ def check_decisions(reference: Reference, scores: Scores, thresholds: Thresholds
         "accuracy_difference": {
             "value": counts.difference,
             "newcombe_interval_95": list(newcombe_interval(counts)),
-            "patients_interval": {"confidence": 2 * confidence - 1, "interval": list(by_patient)},
+            "patients_interval": {"one_sided_confidence": confidence, "interval": list(by_patient)},
         },
         "mcnemar_p": exact_mcnemar(right, due),
         "noninferiority": {

@@ -27,9 +27,12 @@ class PairedCounts:
     @classmethod
     def of(cls, candidate: Bool, reference: Bool) -> "PairedCounts":
         """Count bool (N,): True where a model is right."""
-        pairs = ((candidate & reference), (candidate & ~reference), (~candidate & reference))
-        counts = [int(pair.sum()) for pair in pairs]
-        return cls(*counts, len(candidate) - sum(counts))
+        return cls(
+            both=int((candidate & reference).sum()),
+            only_candidate=int((candidate & ~reference).sum()),
+            only_reference=int((~candidate & reference).sum()),
+            neither=int((~candidate & ~reference).sum()),
+        )
 
     @property
     def n(self) -> int:
@@ -51,7 +54,7 @@ def newcombe_interval(counts: PairedCounts, confidence: float = 0.95) -> Interva
     ours, theirs = Proportion(a + b, counts.n), Proportion(a + c, counts.n)
     (low_1, high_1), (low_2, high_2) = ours.interval(z), theirs.interval(z)
     margins = (a + b) * (c + d) * (a + c) * (b + d)
-    product = a * d - b * c
+    product: float = a * d - b * c
     if product > 0:  # his correction for continuity
         product = max(product - counts.n / 2, 0)
     phi = product / math.sqrt(margins) if margins else 0.0
@@ -110,7 +113,7 @@ def noninferiority_p(counts: PairedCounts, margin: float) -> float:
 
 
 def cases_needed(margin: float, confidence: float) -> int:
-    """Return the fewest cases on which two models that never differ are shown to be non-inferior."""
+    """Return the fewest cases that show the margin where the two models never differ."""
 
     def suffice(n: int) -> bool:
         return noninferiority_p(PairedCounts(n, 0, 0, 0), margin) <= 1 - confidence
