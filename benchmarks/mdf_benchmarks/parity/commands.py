@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from mdf_sdk.errors import InputError
+from mdf_sdk.errors import InputError, StorageError
 from mdf_sdk.extras import import_extra
 
 
@@ -64,20 +65,21 @@ def run_parity(args: argparse.Namespace) -> int:
     _check_words(args)
     if args.check is not None:
         return _check(args)
+    _check_targets(args)
     decisions = import_extra("mdf_benchmarks.parity.decisions", "all")
     compare = import_extra("mdf_benchmarks.parity.compare", "all")
-    reference = import_extra("mdf_benchmarks.parity.reference", "all")
     page = import_extra("mdf_benchmarks.parity.page", "all")
     from mdf_benchmarks.parity.certificate import save_certificate, seal
 
-    thresholds = decisions.Thresholds(args.margin, args.confidence)
-    parity = compare.compare_engine(
-        reference.run_reference(
-            args.reference, args.data, cases=args.cases, split=args.split, part=args.part
-        ),
+    parity = compare.prove_parity(
         args.engine,
-        thresholds,
-        args.device,
+        args.reference,
+        args.data,
+        decisions.Thresholds(args.margin, args.confidence),
+        cases=args.cases,
+        split=args.split,
+        part=args.part,
+        device=args.device,
     )
     document = seal(parity.to_dict(), args.key)
     print(page.format_parity(document))
@@ -123,3 +125,16 @@ def _check_words(args: argparse.Namespace) -> None:
         raise InputError("--public-key: found it without --check. To sign, pass --key PRIVATE.pem")
     if given["--part"] and not given["--split"]:
         raise InputError(f"--part {args.part}: found no --split, expected the file of its parts")
+
+
+def _check_targets(args: argparse.Namespace) -> None:
+    """Tell before the measurement what could not be written or signed after it."""
+    for option in ("out", "html"):
+        path = getattr(args, option)
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise StorageError(
+                f"--{option} {path}: found no folder {path.parent} that can be written to, "
+                f"expected one. Make it: mkdir -p {path.parent}"
+            )
+    if args.key is not None:
+        import_extra("mdf_sdk.signature", "sign").sign_bytes(b"", args.key)

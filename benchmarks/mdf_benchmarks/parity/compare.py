@@ -23,12 +23,13 @@ from mdf_benchmarks.parity.inputs import (
     compare_pixels,
     engine_pixels,
 )
-from mdf_benchmarks.parity.reference import Reference
+from mdf_benchmarks.parity.reference import Reference, open_cases, run_reference
+from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk import MDFClassifier
 from mdf_sdk.engine import Engine
 from mdf_sdk.errors import BackendRunError, DataError
 from mdf_sdk.machine import machine_card
-from mdf_sdk.manifest import Manifest
+from mdf_sdk.manifest import Manifest, load_manifest
 from mdf_training.config import ModelConfig
 from mdf_training.data.pixels import batches
 from mdf_training.evaluation.evaluate import BATCH_SIZE
@@ -123,6 +124,35 @@ class Parity:
             "machine": dict(self.machine),
             "date": self.date,
         }
+
+
+def prove_parity(
+    engine_dir: Path,
+    checkpoint_dir: Path,
+    data_name: str,
+    thresholds: Thresholds,
+    *,
+    cases: int | None = None,
+    split: Path | None = None,
+    part: str | None = None,
+    device: str = "auto",
+) -> Parity:
+    """Run the reference, then hold an engine against it; what cannot be is told before either runs.
+
+    Args:
+        data_name, cases, split, part: as `open_cases` takes them.
+        device: of the engine.
+
+    Raises:
+        CheckpointError, EngineError, BackendError: a directory cannot be used, or not here.
+        DataError: as `open_cases` and `compare_engine`.
+    """
+    config = StreamedCheckpoint.open(checkpoint_dir).config
+    check_same_model(engine_dir, load_manifest(engine_dir), config)
+    data = open_cases(data_name, config.labels, cases=cases, split=split, part=part)
+    thresholds.check_cases(len(data))
+    reference = run_reference(checkpoint_dir, data, data_name)
+    return compare_engine(reference, engine_dir, thresholds, device)
 
 
 def compare_engine(

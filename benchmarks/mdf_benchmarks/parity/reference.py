@@ -65,30 +65,21 @@ class Reference:
         return [row.patient_id for row in self.data.rows]
 
 
-def run_reference(
-    checkpoint_dir: Path,
-    data_name: str,
-    *,
-    cases: int | None = None,
-    split: Path | None = None,
-    part: str | None = None,
-) -> Reference:
+def run_reference(checkpoint_dir: Path, data: DataSet, data_name: str) -> Reference:
     """Score every case, on a card where there is one, and keep the tensors of a few.
 
     Args:
         checkpoint_dir: as `mdf train` writes it.
-        data_name: a folder with labels.csv, or synthetic:COUNT:SEED, that neither training nor
-            calibration saw.
-        cases: as many, spread over the data; all when left out.
-        split, part: read one part of the data alone, as `open_data` takes them.
+        data: cases that neither training nor calibration saw; see `open_cases`.
+        data_name: what they are called in the certificate.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or gives no finite scores.
-        DataError: the data breaks the format, is empty, or has labels that are not the model's.
+        DataError: labels that are not the model's, or a picture that cannot be read.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = StreamedCheckpoint.open(checkpoint_dir, device)
-    data = _open_cases(data_name, checkpoint.config.labels, cases, split, part)
+    check_labels(data, checkpoint.config.labels)
     pixels = PixelSet(data, checkpoint.config.image, ())
     probed = [data[i] for i in range(min(TENSOR_CASES, len(data)))]
     probe = probe_reference(checkpoint, probed)
@@ -131,18 +122,28 @@ def run_reference(
     )
 
 
-def _open_cases(
+def open_cases(
     name: str,
     labels: Sequence[str],
-    cases: int | None,
-    split: Path | None,
-    part: str | None,
+    *,
+    cases: int | None = None,
+    split: Path | None = None,
+    part: str | None = None,
 ) -> DataSet:
+    """Open a folder with labels.csv, or synthetic:COUNT:SEED.
+
+    Args:
+        labels: those that may occur.
+        cases: as many, spread over the data; all when left out.
+        split, part: read one part of the data alone, as `open_data` takes them.
+
+    Raises:
+        DataError: the data breaks the format, is empty, or has other labels.
+    """
     if cases is not None and cases < 1:
         raise InputError(f"cases: found {cases}, expected at least 1")
     chosen: dict[str, Any] = {"split": split, "part": part or "test"} if split else {}
     data = open_data(name, labels, **chosen)
-    check_labels(data, labels)
     return data if cases is None else Subset(data, spread(len(data), cases))
 
 

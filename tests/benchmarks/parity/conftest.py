@@ -15,6 +15,7 @@ from mdf_benchmarks.parity.reference import Reference, run_reference
 from mdf_export.graph import save_graph
 from mdf_sdk.integrity import digest
 from mdf_sdk.manifest import MANIFEST_NAME, Manifest, load_manifest, save_manifest
+from mdf_training.data.folder import open_data
 
 DATA = "synthetic:16:4242"
 # Random weights decide near the middle: a wide margin is all that 16 cases can show of them.
@@ -23,7 +24,7 @@ WIDE = Thresholds(margin=0.4)
 
 @pytest.fixture(scope="session")
 def reference(tiny_checkpoint: Path) -> Reference:
-    return run_reference(tiny_checkpoint, DATA)
+    return run_reference(tiny_checkpoint, open_data(DATA), DATA)
 
 
 @dataclasses.dataclass(frozen=True)
