@@ -44,7 +44,7 @@ def check_blocks(engine: Engine, engine_dir: Path, reference: Reference) -> list
         precision = manifest.blocks[block].precision
         tolerance = output_tolerance(precision, engine.backend.device)
         of_block = constants.get(block, [])
-        faults = _constant_faults(of_block)
+        faults = [fault for fault in map(_constant_fault, of_block) if fault]
         results: dict[str, Any] = {
             "precision": precision,
             "tolerance": tolerance,
@@ -97,40 +97,37 @@ def _golden_error(found: Array, expected: Array) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def _constant_faults(constants: Iterable[ConstantDifference]) -> list[Fault]:
-    faults = []
-    for constant in constants:
-        if constant.kind == "missing":
-            faults.append(Fault(constant.name, "no such constant", "it"))
-            continue
-        limit = CONSTANT_TOLERANCES[constant.kind]
-        if constant.kind == "index" and constant.relative_l2:
-            faults.append(Fault(constant.name, "other indices or shapes", "the model's"))
-        elif not abs(constant.gain - 1) <= limit.gain:
-            faults.append(
-                Fault(
-                    constant.name,
-                    f"weights {constant.gain:.4f} times the checkpoint's",
-                    f"1 within {limit.gain:g}, for {constant.kind}",
-                )
-            )
-        elif not constant.spread <= limit.spread:
-            faults.append(
-                Fault(
-                    constant.name,
-                    f"groups whose scales are off by {constant.spread:.3f}",
-                    f"{limit.spread:g} at most, for {constant.kind}",
-                )
-            )
-        elif not constant.relative_l2 <= limit.relative_l2:
-            faults.append(
-                Fault(
-                    constant.name,
-                    f"relative L2 {constant.relative_l2:.2e} off the checkpoint's",
-                    f"{limit.relative_l2:g} at most, for {constant.kind}",
-                )
-            )
-    return faults
+def _constant_fault(constant: ConstantDifference) -> Fault | None:
+    if constant.kind == "missing":
+        return Fault(constant.name, "no such constant", "it")
+    if constant.kind == "index":
+        same = constant.relative_l2 == 0
+        return None if same else Fault(constant.name, "other indices or shapes", "the model's")
+    limit = CONSTANT_TOLERANCES[constant.kind]
+    measures = (
+        (
+            constant.spread,
+            limit.spread,
+            f"groups whose scales are off by {constant.spread:.3f}",
+            f"{limit.spread:g} at most",
+        ),
+        (
+            abs(constant.gain - 1),
+            limit.gain,
+            f"weights {constant.gain:.4f} times the checkpoint's",
+            f"1 within {limit.gain:g}",
+        ),
+        (
+            constant.relative_l2,
+            limit.relative_l2,
+            f"relative L2 {constant.relative_l2:.2e} off the checkpoint's",
+            f"{limit.relative_l2:g} at most",
+        ),
+    )
+    for value, most, found, expected in measures:
+        if not value <= most:  # NaN too
+            return Fault(constant.name, found, f"{expected}, for {constant.kind}")
+    return None
 
 
 def _layer_faults(layers: Iterable[LayerDifference], tolerance: float) -> list[Fault]:

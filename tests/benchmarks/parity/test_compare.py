@@ -93,7 +93,9 @@ def test_int4_groups_shifted_by_one_are_found_and_named(
         lambda name: name == f"{weight}/scales",
         lambda scales: np.roll(scales, 1, axis=0),
     )
-    assert first(compare_engine(reference, faulty, WIDE)) == ("decoder", f"{weight}/weight")
+    parity = compare_engine(reference, faulty, WIDE)
+    assert first(parity) == ("decoder", f"{weight}/weight")
+    assert "groups whose scales are off" in parity.check("decoder").faults[0].found
 
 
 @pytest.mark.parametrize("engine", ["tiny_engine", "int4_engine"])
