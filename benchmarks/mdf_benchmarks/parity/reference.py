@@ -150,12 +150,14 @@ def open_cases(
 @contextmanager
 def _ready(checkpoint: StreamedCheckpoint) -> Iterator[None]:
     """Hold the weights in memory where they fit, else let them flow; no convolution in TF32."""
-    needed, available = weight_memory(checkpoint)
+    needed, memory = weight_memory(checkpoint)
     exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    if needed <= WEIGHTS_SHARE * available:
+    if needed <= WEIGHTS_SHARE * memory:
         with exact, checkpoint.loaded(checkpoint.model):
             yield
     else:
         head = checkpoint.model.backbone.lm_head
         with exact, checkpoint.flowing(), checkpoint.loaded(head):
             yield
+    if checkpoint.device.type == "cuda":
+        torch.cuda.empty_cache()  # the engine needs the card next
