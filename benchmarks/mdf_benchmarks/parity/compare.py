@@ -1,7 +1,7 @@
 """A reference and an engine in; every check from photograph to decision, and one verdict, out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,7 @@ class Parity:
             "format": FORMAT_NAME,
             "version": FORMAT_VERSION,
             "verdict": "pass" if self.ok else "fail",
-            "first_fault": None
-            if fault is None
-            else {
-                "check": fault[0],
-                **{f.name: getattr(fault[1], f.name) for f in fields(fault[1])},
-            },
+            "first_fault": None if fault is None else {"check": fault[0], **asdict(fault[1])},
             "agreement": decisions.get("agreement"),
             "flips": decisions.get("flips"),
             "engine": {
@@ -106,6 +101,7 @@ class Parity:
             },
             "reference": {
                 "sha256": self.reference.sha256,
+                "device": self.reference.device,
                 "made_the_engine": manifest.checkpoint == self.reference.sha256,
                 "files": self.reference.files,
             },

@@ -31,6 +31,7 @@ from mdf_training.evaluation.statistics import (
 )
 
 WORST_CASES = 10
+LEAST_MARGIN = 0.001  # needs 2,995 cases; a smaller one, more than any clinic has
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         """Raise InputError for a value that declares nothing."""
-        if not 0 < self.margin < 1:
-            raise InputError(f"margin: found {self.margin:g}, expected more than 0 and less than 1")
+        if not LEAST_MARGIN <= self.margin < 1:
+            raise InputError(
+                f"margin: found {self.margin:g}, expected at least {LEAST_MARGIN:g} and less than 1"
+            )
         if not 0.5 < self.confidence < 1:
             raise InputError(
                 f"confidence: found {self.confidence:g}, expected more than 0.5 and less than 1"

@@ -11,6 +11,7 @@ from scipy import stats
 from mdf_training.evaluation.statistics import Bool, Interval, Proportion
 
 _NUISANCE = 200  # values of the unknown rate that the exact test tries
+_MOST_TERMS = 2_000_000  # that are held in memory at a time
 _MOST_CASES = 1_000_000
 _TIE = 1e-9  # two statistics closer than this are one, computed in two ways
 
@@ -105,11 +106,14 @@ def noninferiority_p(counts: PairedCounts, margin: float) -> float:
             np.where(enough | (low == high), low, middle + 1),
             np.where(enough, middle, high),
         )
-    candidate = np.linspace(0, 1, _NUISANCE)[:, None] ** 2 * (1 - margin) / 2
-    reference = candidate + margin
-    first = stats.binom.pmf(only_reference, n, reference)
-    then = stats.binom.sf(low - 1, n - only_reference, (candidate / (1 - reference)).clip(0, 1))
-    return min(1.0, float((first * then).sum(axis=1).max()))
+    rates = np.linspace(0, 1, _NUISANCE)[:, None] ** 2 * (1 - margin) / 2
+    largest = 0.0
+    for candidate in np.array_split(rates, math.ceil(rates.size * n / _MOST_TERMS)):
+        reference = candidate + margin
+        first = stats.binom.pmf(only_reference, n, reference)
+        then = stats.binom.sf(low - 1, n - only_reference, (candidate / (1 - reference)).clip(0, 1))
+        largest = max(largest, float((first * then).sum(axis=1).max()))
+    return min(1.0, largest)
 
 
 def cases_needed(margin: float, confidence: float) -> int:
@@ -118,14 +122,11 @@ def cases_needed(margin: float, confidence: float) -> int:
     def suffice(n: int) -> bool:
         return noninferiority_p(PairedCounts(n, 0, 0, 0), margin) <= 1 - confidence
 
-    high = 1
-    while not suffice(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if suffice(middle) else (middle, high)
-    return high
+    # Below that, even no flip at all is likely: (1 - margin) ** n.
+    n = math.ceil(math.log(1 - confidence) / math.log1p(-margin))
+    while not suffice(n):
+        n += 1
+    return n
 
 
 def cases_expected(counts: PairedCounts, margin: float, confidence: float) -> int | None:

@@ -436,6 +436,7 @@ def _identity(document: Document) -> str:
     rows += [
         ("machine", f"{machine['cores']} cores of {machine['cpu']}, {machine['system']}"),
         ("engine ran on", f"{engine['backend']}, {engine['device']}, {engine['card']}"),
+        ("reference ran on", f"{reference['device']}, PyTorch float32"),
         ("versions", f"Python {machine['python']}, {versions}"),
         ("date", document["date"]),
         ("labels", ", ".join(engine["labels"])),

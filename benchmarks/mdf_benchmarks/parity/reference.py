@@ -35,6 +35,7 @@ class Reference:
 
     Attributes:
         checkpoint: its weights on disk.
+        device: what PyTorch ran on: the card, or "cpu".
         sha256: `checkpoint_digest`, its identity.
         files: SHA-256 of each of its files that make the model.
         data: the cases; `data_name` is what was asked for.
@@ -48,6 +49,7 @@ class Reference:
     """
 
     checkpoint: StreamedCheckpoint
+    device: str
     sha256: str
     files: dict[str, str]
     data: DataSet
@@ -104,6 +106,7 @@ def run_reference(checkpoint_dir: Path, data: DataSet, data_name: str) -> Refere
     labels = checkpoint.config.labels
     return Reference(
         checkpoint,
+        torch.cuda.get_device_name() if device == "cuda" else device,
         checkpoint_digest(checkpoint_dir),
         {
             path.name: digest(path).sha256
