@@ -2,13 +2,15 @@
 
 The graphs are built once more; where the builder would write a constant, it reads the engine's. So
 nothing of vision, fusion and decoder is overlooked: weights, norms, gates, the instruction's keys
-and values, the indices of the label tokens. The U-Net's two graphs come from torch's exporter,
-which folds and renames; they are float32, and their outputs show a changed weight.
+and values, the indices of the label tokens, and the nodes that compute with them. The U-Net's two
+graphs come from torch's exporter, which folds and renames; they are float32, and their outputs show
+a changed weight.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +33,9 @@ _KINDS: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.FLOAT8E4M3FN: "fp8",
 }
+_QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 _LEVELS = {"int4": (-8, 7), "int8": (-128, 127)}
-_PARTS = 20  # of the codes that _gain looks at
+_PARTS = 20  # of the range of steps that gives a gain
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,42 @@ class ConstantDifference:
     spread: float
 
 
+@dataclass(frozen=True)
+class GraphDifference:
+    """One graph against the one that the checkpoint gives.
+
+    Attributes:
+        constants: each of them, in the order in which the builder writes them.
+        nodes: names of those that are missing, surplus, or compute something else; what reads a
+            quantized weight, or puts its input into the weight's order, is no difference.
+    """
+
+    constants: tuple[ConstantDifference, ...]
+    nodes: tuple[str, ...]
+
+
 @torch.no_grad()
-def compare_constants(
+def compare_graphs(
     engine_dir: Path, manifest: Manifest, checkpoint: StreamedCheckpoint
-) -> dict[str, list[ConstantDifference]]:
-    """Hold every constant of the graphs that are written node by node against the checkpoint's.
+) -> dict[str, GraphDifference]:
+    """Hold the graphs that are written node by node against those that the checkpoint gives.
 
     Returns:
-        By block of WRITTEN_BLOCKS, in the order in which the builder writes them.
+        By block of WRITTEN_BLOCKS.
     """
     recipe = ExportRecipe(manifest.precision, manifest.blocks["vision"].precision, method="rtn")
-    found: dict[str, list[ConstantDifference]] = {}
+    found = {}
     for block in WRITTEN_BLOCKS:
         graph = onnx.load(engine_dir / manifest.blocks[block].file, load_external_data=False).graph
         tensors = {tensor.name: tensor for tensor in graph.initializer}
-        source = _EngineSource(checkpoint, recipe, engine=_EngineConstants(engine_dir, tensors))
-        build_block(block, source, None)
-        found[block] = source.differences
+        comparer = _Comparer(block, recipe.float_type, _EngineConstants(engine_dir, tensors))
+        build_block(block, _ComparingSource(checkpoint, recipe, comparer=comparer), None)
+        ours, theirs = _describe_nodes(graph.node), _describe_nodes(comparer.nodes)
+        names = dict.fromkeys([*theirs, *ours])
+        found[block] = GraphDifference(
+            tuple(comparer.differences),
+            tuple(name for name in names if ours.get(name) != theirs.get(name)),
+        )
     return found
 
 
@@ -99,32 +121,25 @@ class _EngineConstants:
         return onnx.numpy_helper.to_array(tensor).astype(np.float64)
 
 
-@dataclass(frozen=True)
-class _EngineSource(BlockSource):
-    """Builds blocks of the checkpoint's own weights, and compares instead of writing."""
-
-    engine: _EngineConstants = field(default_factory=lambda: _EngineConstants(Path(), {}))
-    differences: list[ConstantDifference] = field(default_factory=list)
-
-    def builder(self, block: str, folder: Path | None) -> GraphBuilder:
-        return _Comparer(block, self.recipe.float_type, self.engine, self.differences.append)
-
-
 class _Comparer(GraphBuilder):
-    """Builds a graph whose constants are compared with the engine's of the same names."""
+    """Builds a graph of the checkpoint's own weights; compares constants instead of writing them.
 
-    def __init__(
-        self,
-        name: str,
-        float_type: FloatType,
-        engine: _EngineConstants,
-        tell: Callable[[ConstantDifference], None],
-    ) -> None:
+    Attributes:
+        differences: from the engine's constants of the same names.
+    """
+
+    def __init__(self, name: str, float_type: FloatType, engine: _EngineConstants) -> None:
         def whole(linear: nn.Linear) -> Weight:
             return linear.weight.detach()
 
         super().__init__(None, name, float_type, whole)
-        self._engine, self._tell = engine, tell
+        self._engine = engine
+        self.differences: list[ConstantDifference] = []
+
+    @property
+    def nodes(self) -> list[onnx.NodeProto]:
+        """The graph so far."""
+        return self._nodes
 
     def linears(self, x: str, **linears: nn.Linear) -> list[str]:
         """Apply several linear layers, joined where the engine has joined them."""
@@ -134,8 +149,33 @@ class _Comparer(GraphBuilder):
 
     def _initializer(self, name: str, data_type: int, value: Tensor) -> str:
         path = super()._initializer(name, data_type, value)
-        self._tell(_compare(self._engine, path, value))
+        self.differences.append(_compare(self._engine, path, value))
         return path
+
+
+@dataclass(frozen=True)
+class _ComparingSource(BlockSource):
+    """Hands out one builder, which compares."""
+
+    comparer: GraphBuilder | None = None
+
+    def builder(self, block: str, folder: Path | None) -> GraphBuilder:
+        assert self.comparer is not None
+        return self.comparer
+
+
+def _describe_nodes(nodes: Iterable[onnx.NodeProto]) -> dict[str, tuple[Any, ...]]:
+    """By name, what each node computes of what, as if no weight were quantized."""
+    origin: dict[str, str] = {}
+    described = {}
+    for node in nodes:
+        if node.op_type in _QUANTIZING or any(x.endswith("/order") for x in node.input):
+            origin |= {made: origin.get(node.input[0], node.input[0]) for made in node.output}
+            continue
+        attributes = sorted(attribute.SerializeToString() for attribute in node.attribute)
+        read = tuple(origin.get(name, name) for name in node.input)
+        described[node.name] = (node.op_type, read, tuple(node.output), tuple(attributes))
+    return described
 
 
 def _compare(engine: _EngineConstants, name: str, value: Tensor) -> ConstantDifference:

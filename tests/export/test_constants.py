@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdf_export import build_engine
-from mdf_export.constants import ConstantDifference, _judge_codes, compare_constants
+from mdf_export.constants import GraphDifference, _judge_codes, compare_graphs
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.manifest import load_manifest
 
 
-def compare(engine: Path, checkpoint: Path) -> dict[str, list[ConstantDifference]]:
-    return compare_constants(engine, load_manifest(engine), StreamedCheckpoint.open(checkpoint))
+def compare(engine: Path, checkpoint: Path) -> dict[str, GraphDifference]:
+    return compare_graphs(engine, load_manifest(engine), StreamedCheckpoint.open(checkpoint))
 
 
 def test_an_fp32_engine_holds_the_checkpoints_constants(
@@ -23,10 +23,11 @@ def test_an_fp32_engine_holds_the_checkpoints_constants(
 ) -> None:
     found = compare(tiny_engine, tiny_checkpoint)
     assert list(found) == ["vision", "fusion", "decoder"]
-    constants = [constant for block in found.values() for constant in block]
+    constants = [constant for block in found.values() for constant in block.constants]
     assert {constant.kind for constant in constants} == {"float", "index"}
     assert max(constant.relative_l2 for constant in constants) < 1e-6
     assert len({constant.name for constant in constants}) == len(constants) > 200
+    assert [block.nodes for block in found.values()] == [(), (), ()]
 
 
 def test_every_form_of_a_weight_is_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -38,21 +39,22 @@ def test_every_form_of_a_weight_is_read(tiny_checkpoint: Path, tmp_path: Path) -
     recipe = ExportRecipe("int4", vision_precision="fp8", method="rtn", kept=kept)
     build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
     found = compare(tmp_path / "engine", tiny_checkpoint)
-    kinds = {c.name: c.kind for block in found.values() for c in block}
+    kinds = {c.name: c.kind for block in found.values() for c in block.constants}
     assert "missing" not in kinds.values()
-    assert "fp8" in {c.kind for c in found["vision"]}
+    assert "fp8" in {c.kind for c in found["vision"].constants}
     assert kinds["/fusion/fusion.1/k_proj/weight"] == "int8"
     assert kinds["/fusion/fusion.1/q_proj/weight"] == "int4"
     assert kinds["/decoder/layers.0/self_attention/q_proj/weight"] == "float"
     assert kinds["/decoder/layers.0/self_attention/k_proj/weight"] == "int4"
     worst = {
-        kind: max(c.relative_l2 for b in found.values() for c in b if c.kind == kind)
+        kind: max(c.relative_l2 for b in found.values() for c in b.constants if c.kind == kind)
         for kind in set(kinds.values())
     }
+    assert [block.nodes for block in found.values()] == [(), (), ()]
     assert worst["float"] < 1e-6
     assert worst["index"] == 0
     assert worst["int8"] < 0.01 < worst["fp8"] < 0.05 < worst["int4"] < 0.15
-    gains = [c.gain for block in found.values() for c in block]
+    gains = [c.gain for block in found.values() for c in block.constants]
     assert max(abs(gain - 1) for gain in gains) < 5e-3
 
 
@@ -68,7 +70,7 @@ def test_another_checkpoint_is_told(tiny_engine: Path, tmp_path: Path) -> None:
     other = Checkpoint(build_model("nano").eval(), load_tokenizer(load_preset("nano")), {})
     save_checkpoint(tmp_path / "other", other)
     found = compare(tiny_engine, tmp_path / "other")
-    weights = [c for b in found.values() for c in b if c.name.endswith("o_proj/weight")]
+    weights = [c for b in found.values() for c in b.constants if c.name.endswith("o_proj/weight")]
     assert min(constant.relative_l2 for constant in weights) > 0.5
 
 

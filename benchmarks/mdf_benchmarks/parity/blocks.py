@@ -14,7 +14,7 @@ from mdf_benchmarks.parity.checks import (
     output_tolerance,
 )
 from mdf_benchmarks.parity.reference import Reference
-from mdf_export.constants import ConstantDifference, compare_constants
+from mdf_export.constants import ConstantDifference, GraphDifference, compare_graphs
 from mdf_export.differences import (
     Difference,
     LayerDifference,
@@ -37,25 +37,26 @@ def check_blocks(engine: Engine, engine_dir: Path, reference: Reference) -> list
     """
     manifest = engine.manifest
     outputs = compare_blocks(engine, reference.probe.tensors)
-    constants = compare_constants(engine_dir, manifest, reference.checkpoint)
+    graphs = compare_graphs(engine_dir, manifest, reference.checkpoint)
     layers = compare_layers(engine_dir, manifest, reference.probe)
     checks = []
     for block in BLOCKS:
         precision = manifest.blocks[block].precision
         tolerance = output_tolerance(precision, engine.backend.device)
-        of_block = constants.get(block, [])
-        faults = [fault for fault in map(_constant_fault, of_block) if fault]
+        graph = graphs.get(block, GraphDifference((), ()))
+        faults = [fault for fault in map(_constant_fault, graph.constants) if fault]
         results: dict[str, Any] = {
             "precision": precision,
             "tolerance": tolerance,
             "outputs": {name: d.to_dict() for name, d in outputs[block].items()},
-            "constants": _summarize(of_block),
+            "constants": _summarize(graph.constants),
         }
         if block == "decoder":
             # They run on the CPU, whatever runs the engine.
             own = output_tolerance(precision, "cpu")
             faults += _layer_faults(layers, own)
             results["layers"] = [_layer_dict(layer) for layer in layers]
+        faults += [Fault(name, "another node or none", "the model's") for name in graph.nodes]
         faults += [
             _too_far(f"output {name}", difference, tolerance)
             for name, difference in outputs[block].items()

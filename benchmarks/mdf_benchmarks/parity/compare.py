@@ -42,8 +42,7 @@ class Parity:
     """An engine against its reference.
 
     Attributes:
-        engine_dir: of the engine that was measured.
-        manifest: its own; `manifest_sha256` names it and every file of it.
+        manifest: the engine's; `manifest_sha256` names it and every file of the engine.
         backend, device, card: what ran it.
         data_sha256: of the cases, their photographs included.
         thresholds: declared beforehand.
@@ -52,7 +51,6 @@ class Parity:
     """
 
     reference: Reference
-    engine_dir: Path
     manifest: Manifest
     manifest_sha256: str
     backend: str
@@ -175,7 +173,6 @@ def compare_engine(
     checks += _check_end_to_end(reference, engine_dir, manifest, thresholds, device)
     return Parity(
         reference,
-        engine_dir,
         manifest,
         digest,
         backend.name,

@@ -101,6 +101,24 @@ def test_int4_groups_shifted_by_one_are_found_and_named(
     assert "groups whose scales are off" in parity.check("decoder").faults[0].found
 
 
+def test_a_node_that_int4_would_hide_is_named(
+    int4_engine: Path, reference: Reference, planter: Planter
+) -> None:
+    """Every constant is right and every output within tolerance, but one sum is scaled."""
+
+    def scale(graph: onnx.GraphProto) -> None:
+        graph.initializer.append(numpy_helper.from_array(np.array(1.02, np.float16), "factor"))
+        down = next(n for n in graph.node if n.name == "/decoder/layers.2/mlp/down_proj/MatMul")
+        place = list(graph.node).index(down)
+        made = down.output[0]
+        down.output[0] = "unscaled"
+        graph.node.insert(place + 1, helper.make_node("Mul", ["unscaled", "factor"], [made]))
+
+    parity = compare_engine(reference, planter.change_graph(int4_engine, "decoder", scale), WIDE)
+    assert first(parity) == ("decoder", "/decoder/layers.2/mlp/down_proj/MatMul")
+    assert failing(parity) <= {"decoder", "decisions"}
+
+
 @pytest.mark.parametrize("engine", ["tiny_engine", "int4_engine"])
 def test_a_cross_attention_fed_zeros_is_found_in_its_layer(
     engine: str, reference: Reference, planter: Planter, request: pytest.FixtureRequest
