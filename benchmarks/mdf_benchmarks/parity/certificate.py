@@ -158,15 +158,17 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if len(data) > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES} bytes")
-        document: dict[str, Any] = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        document: dict[str, Any] = json.loads(
+            data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique
+        )
         _check_form(document)
+        content = {k: v for k, v in document.items() if k not in ("sha256", "signature")}
+        digest = hashlib.sha256(canonical(content)).hexdigest()
     except (ValueError, RecursionError) as error:
         raise CertificateError(
             f"{path}: found {str(error)[:200]}, expected a parity certificate of version "
             f"{FORMAT_VERSION}. {_AGAIN}"
         ) from error
-    content = {k: v for k, v in document.items() if k not in ("sha256", "signature")}
-    digest = hashlib.sha256(canonical(content)).hexdigest()
     if digest != document["sha256"]:
         raise CertificateError(
             f"{path}: found content with SHA-256 {digest[:12]}, expected "
@@ -214,6 +216,13 @@ def _check_signature(path: Path, document: Mapping[str, Any], trusted_key: Trust
         f"{path}: found {found}, expected one by the key {signer}. Do not rely on it. Get it from "
         "who issued it; who measures signs with: mdf parity ... --key PRIVATE.pem"
     )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key twice in one object")
+    return document
 
 
 def _refuse_constant(constant: str) -> None:

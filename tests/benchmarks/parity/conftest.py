@@ -8,6 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from onnx import numpy_helper
 
 from mdf_benchmarks.parity.decisions import Thresholds
@@ -83,3 +90,17 @@ class Planter:
 def planter(tmp_path: Path) -> Planter:
     (tmp_path / "planted").mkdir()
     return Planter(tmp_path / "planted")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A private key and its public half."""
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+def make_keys(folder: Path) -> tuple[Path, Path]:
+    key, pem = Ed25519PrivateKey.generate(), Encoding.PEM
+    private, public = folder / "private.pem", folder / "public.pem"
+    private.write_bytes(key.private_bytes(pem, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(pem, PublicFormat.SubjectPublicKeyInfo))
+    return private, public

@@ -10,13 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from mdf_benchmarks.parity.certificate import (
@@ -30,7 +25,7 @@ from mdf_benchmarks.parity.reference import Reference
 from mdf_sdk.cli import main
 from mdf_sdk.errors import CertificateError, EngineError, InputError, IntegrityError
 
-from .conftest import WIDE, Planter
+from .conftest import WIDE, Planter, make_keys
 
 SCHEMA = Path(__file__).parents[3] / "docs" / "parity-certificate.schema.json"
 VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
@@ -40,20 +35,6 @@ VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 def content(reference: Reference, tiny_engine: Path) -> dict[str, Any]:
     """The certificate of the tiny engine, not sealed."""
     return compare_engine(reference, tiny_engine, WIDE).to_dict()
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A private key and its public half."""
-    return make_keys(tmp_path_factory.mktemp("keys"))
-
-
-def make_keys(folder: Path) -> tuple[Path, Path]:
-    key, pem = Ed25519PrivateKey.generate(), Encoding.PEM
-    private, public = folder / "private.pem", folder / "public.pem"
-    private.write_bytes(key.private_bytes(pem, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(pem, PublicFormat.SubjectPublicKeyInfo))
-    return private, public
 
 
 @pytest.fixture
@@ -222,6 +203,7 @@ def test_a_private_key_cannot_check_nor_a_public_one_sign(
         ('{"format": "mdf-parity-certificate", "version": 1}', "no text in sha256"),
         ('{"format": "mdf-parity-certificate", "version": 1, "date": NaN}', "NaN is not JSON"),
         ("[" * 100_000, "recursion"),
+        ('{"format": "mdf-parity-certificate", "format": 1}', "a key twice"),
     ],
 )
 def test_what_is_no_certificate_is_an_error(
@@ -247,6 +229,39 @@ def test_a_malformed_field_is_an_error(edit: Any, saved: Path, tiny_engine: Path
     change(saved, edit, reseal=True)
     with pytest.raises(CertificateError, match=r"found (no text in|the verdict)"):
         check_certificate(saved, tiny_engine)
+
+
+@pytest.mark.parametrize("value", ["1e400", '"\\ud800"'])
+def test_a_value_that_has_no_canonical_form_is_an_error(
+    value: str, saved: Path, tiny_engine: Path
+) -> None:
+    text = saved.read_text(encoding="utf-8")
+    saved.write_text(text.replace('"version": 1,', f'"version": 1, "x": {value},'))
+    with pytest.raises(CertificateError, match="expected a parity certificate"):
+        check_certificate(saved, tiny_engine)
+
+
+@given(place=st.integers(0, 10**9), byte=st.integers(0, 255))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_damaged_byte_is_found_or_means_nothing(
+    saved: Path, keys: tuple[Path, Path], tiny_engine: Path, place: int, byte: int
+) -> None:
+    whole = saved.read_bytes()
+    damaged = bytearray(whole)
+    damaged[place % len(whole)] = byte
+    path = saved.with_name("damaged.json")
+    path.write_bytes(damaged)
+    try:
+        report = check_certificate(path, tiny_engine, keys[1])
+    except CertificateError as error:
+        assert len(str(error)) < 1000  # noqa: PT017
+        return
+    assert report.ok
+    found = json.loads(damaged)
+    found["signature"].pop("algorithm"), found["signature"].pop("key_sha256")
+    due = json.loads(whole)
+    due["signature"].pop("algorithm"), due["signature"].pop("key_sha256")
+    assert found == due  # white space alone differs, or what says nothing
 
 
 def test_the_canonical_form_does_not_depend_on_the_order_of_keys() -> None:

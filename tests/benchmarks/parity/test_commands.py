@@ -13,8 +13,7 @@ from mdf_sdk.cli import main
 from mdf_sdk.manifest import BLOCKS
 from mdf_training.data.synthetic import SyntheticData
 
-from .conftest import DATA, Planter
-from .test_certificate import make_keys
+from .conftest import DATA, Planter, make_keys
 
 VOID = {"meta", "br", "img"}
 
