@@ -62,6 +62,17 @@ def tiny_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return engine
 
 
+@pytest.fixture(scope="session")
+def int4_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in int4, rounded to nearest; not to be changed."""
+    from mdf_export import build_engine
+    from mdf_export.recipe import ExportRecipe
+
+    engine = tmp_path_factory.mktemp("engines") / "int4"
+    build_engine(tiny_checkpoint, engine, ExportRecipe("int4", method="rtn"))
+    return engine
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _torch_threads() -> Iterator[None]:
     """Two threads fighting over a shared core wait for each other; the models here are tiny."""

@@ -81,6 +81,7 @@ def test_a_bare_environment_evaluates_an_engine(bare: Path, demo_engine: Path) -
     [
         (["train", "--preset", "nano", "--data", "synthetic:9:1", "--out", "x"], "training"),
         (["export", "x", "y", "--precision", "int4"], "export"),
+        (["parity", "x", "--reference", "y", "--data", "synthetic:9:1"], "all"),
     ],
 )
 def test_a_missing_extra_is_named_with_its_install_line(

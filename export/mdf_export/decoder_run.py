@@ -20,6 +20,8 @@ from mdf_training.backbone import CrossAttentionFeed
 from mdf_training.data.pixels import CasePixels, stack_pixels
 from mdf_training.model import PromptTensors
 
+WEIGHTS_SHARE = 0.8  # of the memory; the rest is for activations
+
 
 class _Prefix:
     """The instruction's keys and values, in the place of transformers' cache: never written to."""
@@ -125,9 +127,8 @@ def hold_checkpoint(checkpoint_dir: Path, device: str) -> Iterator[StreamedCheck
     """
     check_device(device)
     checkpoint = StreamedCheckpoint.open(checkpoint_dir, device)
-    needed = 4 * sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    available = _memory_bytes(device)
-    if needed > 0.8 * available:  # the rest is for activations
+    needed, available = weight_memory(checkpoint)
+    if needed > WEIGHTS_SHARE * available:
         raise InputError(
             f"{checkpoint_dir}: found {needed / 1e9:.1f} GB of float32 weights, expected at most "
             f"80 % of the {available / 1e9:.1f} GB of memory on {device}: sensitivity holds the "
@@ -135,6 +136,12 @@ def hold_checkpoint(checkpoint_dir: Path, device: str) -> Iterator[StreamedCheck
         )
     with checkpoint.loaded(checkpoint.model):
         yield checkpoint
+
+
+def weight_memory(checkpoint: StreamedCheckpoint) -> tuple[int, int]:
+    """Return the bytes of all weights in float32, and those of the device's memory."""
+    needed = 4 * sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    return needed, _memory_bytes(checkpoint.device.type)
 
 
 def _memory_bytes(device: str) -> int:

@@ -4,8 +4,7 @@ The reference is the checkpoint in PyTorch, float32. Blocks and decoder layers a
 reference's own tensors, so that each answers for itself; decisions are end to end.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdf_export.decisions import (
@@ -25,16 +22,21 @@ from mdf_export.decisions import (
     divergences,
     spread,
 )
-from mdf_export.golden import reference_tensors
-from mdf_export.parts import STREAM, layer_outputs
+from mdf_export.differences import (
+    Difference,
+    LayerDifference,
+    ReferenceProbe,
+    compare_blocks,
+    compare_layers,
+    probe_reference,
+    rank,
+)
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk import MDFClassifier
 from mdf_sdk.engine import Engine
 from mdf_sdk.errors import DataError, InputError
-from mdf_sdk.manifest import BLOCKS, Manifest
-from mdf_sdk.sessions import Array
+from mdf_sdk.manifest import Manifest
 from mdf_training.checkpoint import checkpoint_digest
-from mdf_training.data.cases import DataSet
 from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import PixelSet, batches, stack_pixels
 from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
@@ -44,40 +46,6 @@ from mdf_training.evaluation.statistics import Estimate, Proportion, log_probabi
 # Of these the tensors of every block and layer are compared; all cases are scored.
 TENSOR_CASES = 8
 _FILE_OF_BLOCK = ".onnx"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far a tensor is from the reference's: in each measure, the worst case.
-
-    Attributes:
-        max_abs: largest absolute difference of an element.
-        relative_l2: |difference| / |reference|, L2 norms.
-        cosine: of the angle between the two.
-    """
-
-    max_abs: float
-    relative_l2: float
-    cosine: float
-
-    def to_dict(self) -> dict[str, float | None]:
-        """JSON types; what is not finite becomes None."""
-        return {name: x if np.isfinite(x) else None for name, x in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class LayerDifference:
-    """The residual stream behind one decoder layer.
-
-    Attributes:
-        stream: the decoder was fed the reference's inputs: the layers' errors add up.
-        own: this layer was fed the reference's stream: its own error, that of the instruction's
-            keys and values included.
-    """
-
-    layer: int
-    stream: Difference
-    own: Difference
 
 
 @dataclass(frozen=True)
@@ -113,16 +81,16 @@ class Rung:
     @property
     def worst_block(self) -> str:
         """Where an output is farthest off."""
-        return max(self.blocks, key=lambda block: _rank(self.worst_output(block)[1]))
+        return max(self.blocks, key=lambda block: rank(self.worst_output(block)[1]))
 
     @property
     def worst_layer(self) -> int:
         """The decoder layer of the largest own error."""
-        return max(self.layers, key=lambda layer: _rank(layer.own)).layer
+        return max(self.layers, key=lambda layer: rank(layer.own)).layer
 
     def worst_output(self, block: str) -> tuple[str, Difference]:
         """Return a block's output of the largest relative difference, with its name."""
-        return max(self.blocks[block].items(), key=lambda item: _rank(item[1]))
+        return max(self.blocks[block].items(), key=lambda item: rank(item[1]))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -204,9 +172,7 @@ class _Reference:
 
     Attributes:
         truth: int64 (N,), index of each case's label, -1 where the checkpoint has no such label.
-        tensors: inputs and outputs of every block, for the first TENSOR_CASES of the cases.
-        streams: float32 (B, T, D), the residual stream of the fed tokens behind each layer.
-        fed: bool (B, T), False on padding.
+        probe: the tensors of the first TENSOR_CASES of the cases.
     """
 
     digest: str
@@ -215,9 +181,7 @@ class _Reference:
     truth: npt.NDArray[np.int64]
     patients: tuple[str, ...]
     files: tuple[str, ...]
-    tensors: dict[str, Array]
-    streams: list[npt.NDArray[np.float32]]
-    fed: npt.NDArray[np.bool_]
+    probe: ReferenceProbe
 
     def calibration_error(self, log_probabilities: Float64) -> float | None:
         known = bool((self.truth >= 0).all())
@@ -268,7 +232,6 @@ def _refer(
         scores = _score(scorer, pixels, indices, "reference")
     rows = [pixels.data.rows[i] for i in indices]
     labels = list(checkpoint.config.labels)
-    tensors, streams, fed = _reference_streams(checkpoint, pixels.data, indices[:TENSOR_CASES])
     return _Reference(
         digest,
         scores,
@@ -276,33 +239,8 @@ def _refer(
         np.array([labels.index(row.label) if row.label in labels else -1 for row in rows]),
         tuple(row.patient_id for row in rows),
         tuple(row.file for row in rows),
-        tensors,
-        streams,
-        fed,
+        probe_reference(checkpoint, [pixels.data[i] for i in indices[:TENSOR_CASES]]),
     )
-
-
-def _reference_streams(
-    checkpoint: StreamedCheckpoint, data: DataSet, indices: Sequence[int]
-) -> tuple[dict[str, Array], list[npt.NDArray[np.float32]], npt.NDArray[np.bool_]]:
-    """Return reference_tensors, the fed rows of the stream behind each layer, and which are fed."""
-    streams: list[Tensor] = []
-
-    def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        streams.append(output)
-
-    cases = [data[i] for i in indices]
-    with ExitStack() as stack:
-        for layer in checkpoint.model.backbone.model.language_model.layers:
-            stack.callback(layer.register_forward_hook(keep).remove)
-        tensors = reference_tensors(
-            checkpoint, [case.image for case in cases], [case.text for case in cases]
-        )
-    labels = checkpoint.prompt_encoder().label_rows
-    fed: npt.NDArray[np.bool_] = tensors["body_mask"].astype(np.bool_)
-    fed[:, fed.shape[1] - labels :] = True
-    rows = fed.shape[1]  # the instruction's come before
-    return tensors, [stream[:, -rows:].float().cpu().numpy() for stream in streams], fed
 
 
 def _compare(
@@ -315,16 +253,8 @@ def _compare(
     with Engine(engine_dir) as engine:
         manifest = engine.manifest
         _check_kind(engine_dir, manifest, checkpoint)
-        blocks = {}
-        for block in BLOCKS:
-            outputs = engine.run(block, reference.tensors)
-            blocks[block] = {
-                name: compare_cases(
-                    zip(engine.backend.to_host(found), reference.tensors[name], strict=True)
-                )
-                for name, found in outputs.items()
-            }
-    layers = _compare_layers(engine_dir, manifest, reference)
+        blocks = compare_blocks(engine, reference.probe.tensors)
+    layers = compare_layers(engine_dir, manifest, reference.probe)
     with MDFClassifier(engine_dir) as classifier:
         scores = _score(classifier, pixels, indices, str(engine_dir))
     found = log_probabilities(scores, manifest.temperature)
@@ -343,87 +273,6 @@ def _compare(
         by_case,
         bootstrap_mean(by_case, reference.patients),
         reference.calibration_error(found),
-    )
-
-
-def compare_cases(pairs: Iterable[tuple[Array, Array]]) -> Difference:
-    """Compare a tensor with the reference's, case by case: pairs of found and expected."""
-    measures = []
-    for found, expected in pairs:
-        a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-        size, difference = max(float(np.linalg.norm(b)), 1e-12), a - b
-        cosine = float(a @ b) / (size * max(float(np.linalg.norm(a)), 1e-12))
-        relative_l2 = float(np.linalg.norm(difference)) / size
-        measures.append((float(np.abs(difference).max()), relative_l2, -cosine))
-    worst = np.max(measures, axis=0)  # keeps a NaN
-    return Difference(float(worst[0]), float(worst[1]), -float(worst[2]))
-
-
-def _compare_layers(
-    engine_dir: Path, manifest: Manifest, reference: _Reference
-) -> tuple[LayerDifference, ...]:
-    """Take the stream behind every layer out of the decoder's graph: as it flows, and cut open."""
-    spec = manifest.blocks["decoder"]
-    feed = {
-        tensor.name: np.ascontiguousarray(reference.tensors[tensor.name], tensor.dtype)
-        for tensor in spec.inputs
-    }
-    proto = onnx.load(engine_dir / spec.file, load_external_data=False)
-    names = layer_outputs(proto.graph)
-    found = []
-    for cut in (False, True):
-        if cut:
-            for name, stream in zip(names[:-1], reference.streams, strict=False):
-                feed[_cut(proto.graph, name)] = stream.astype(feed[STREAM].dtype)
-        found.append(_run_streams(proto, names, engine_dir, feed))
-    return tuple(
-        LayerDifference(i, *(_compare_stream(run[i], reference, i) for run in found))
-        for i in range(len(names))
-    )
-
-
-def _cut(graph: onnx.GraphProto, name: str) -> str:
-    """Let what reads a value read a new input of the graph instead; return the input's name."""
-    replacement = f"{name}/reference"
-    for node in graph.node:
-        for i, read in enumerate(node.input):
-            if read == name:
-                node.input[i] = replacement
-    graph.input.append(_like_stream(graph, replacement))
-    return replacement
-
-
-def _run_streams(
-    proto: onnx.ModelProto, names: Sequence[str], engine_dir: Path, feed: Mapping[str, Array]
-) -> list[Array]:
-    """Run a decoder whose graph is changed; its weights stay where they are."""
-    import onnxruntime  # type: ignore[import-untyped]  # the SDK has told it what not to collect
-
-    graph = onnx.ModelProto()
-    graph.CopyFrom(proto)
-    graph.graph.output.extend(_like_stream(proto.graph, name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    folder = str(engine_dir.resolve())
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    streams: list[Array] = session.run(list(names), dict(feed))
-    return streams
-
-
-def _like_stream(graph: onnx.GraphProto, name: str) -> onnx.ValueInfoProto:
-    stream = next(value for value in graph.input if value.name == STREAM)
-    return onnx.helper.make_tensor_value_info(name, stream.type.tensor_type.elem_type, None)
-
-
-def _compare_stream(found: Array, reference: _Reference, layer: int) -> Difference:
-    """Compare the fed rows; behind the last layer there are only those that score labels."""
-    rows = found.shape[1]
-    expected, fed = reference.streams[layer][:, -rows:], reference.fed[:, -rows:]
-    return compare_cases(
-        (a[mask], b[mask]) for a, b, mask in zip(found, expected, fed, strict=True)
     )
 
 
@@ -447,8 +296,3 @@ def _check_kind(engine_dir: Path, manifest: Manifest, checkpoint: StreamedCheckp
             "checkpoint's, expected an engine that was exported from it: mdf export CHECKPOINT "
             "ENGINE"
         )
-
-
-def _rank(difference: Difference) -> float:
-    """Relative L2, for a search of the worst: NaN is worse than all."""
-    return difference.relative_l2 if np.isfinite(difference.relative_l2) else np.inf

@@ -15,6 +15,7 @@ from mdf_sdk.manifest import TensorSpec
 
 STREAM = "inputs_embeds"  # what the first layer reads; every layer's output has its shape
 _LAYER_OUTPUT = re.compile(r"/decoder/layers\.\d+/output")
+_CROSS_ATTENTION_OUTPUT = re.compile(r"/decoder/layers\.(\d+)/cross_attention/o_proj/MatMul")
 _ANYWHERE = -1  # computed from masks and positions alone: each part that needs it computes it
 
 
@@ -22,6 +23,13 @@ def layer_outputs(graph: onnx.GraphProto) -> list[str]:
     """Return the names of the residual stream behind each layer, in order."""
     names = (name for node in graph.node for name in node.output)
     return [name for name in names if _LAYER_OUTPUT.fullmatch(name)]
+
+
+def cross_attention_outputs(graph: onnx.GraphProto) -> dict[int, str]:
+    """Return, by layer, the name of what a cross-attention gives before its gate."""
+    names = (name for node in graph.node for name in node.output)
+    found = (_CROSS_ATTENTION_OUTPUT.fullmatch(name) for name in names)
+    return {int(match[1]): match[0] for match in found if match}
 
 
 def weight_bytes(graph: onnx.GraphProto) -> int:

@@ -26,6 +26,7 @@ _ORDER = (
     "info",
     "verify",
     "doctor",
+    "parity",
     "benchmark",
     "soak",
 )

@@ -17,7 +17,8 @@
     ├── MissingExtraError       a command or class needs an extra that is not installed
     ├── StorageError            the disk: full, or not writable
     ├── DataError               a data set (names row and column)
-    └── CheckpointError         a training checkpoint
+    ├── CheckpointError         a training checkpoint
+    └── CertificateError        a parity certificate: it is none, or was altered or not signed
 
 Every message says what was found, what was expected, and the command that cures it.
 """
@@ -93,3 +94,7 @@ class DataError(MDFError, ValueError):
 
 class CheckpointError(MDFError):
     """A checkpoint directory cannot be used."""
+
+
+class CertificateError(MDFError):
+    """A parity certificate is malformed, altered, or not signed by the trusted key."""

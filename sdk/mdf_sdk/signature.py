@@ -58,13 +58,13 @@ def sign_engine(
         InputError: the key is none.
         StorageError: the signature cannot be written.
     """
-    key = _load_private_key(private_key_path)
     data = read_manifest(engine_dir)
+    signature, signer = sign_bytes(data, private_key_path)
     check_files(engine_dir, parse_manifest(data))
     path = Path(engine_dir) / SIGNATURE_NAME
     unfinished = path.with_suffix(".part")
     try:
-        unfinished.write_bytes(key.sign(data))
+        unfinished.write_bytes(signature)
         unfinished.replace(path)
     except OSError as error:
         with suppress(OSError):  # a surplus file would make the engine unusable
@@ -73,7 +73,7 @@ def sign_engine(
             f"{path}: could not be written ({error.strerror}), expected room for 64 bytes and "
             "permission to write. Cure that, then sign again: mdf sign ENGINE --key PRIVATE.pem"
         ) from error
-    return _fingerprint(key.public_key())
+    return signer
 
 
 def check_signature(data: bytes, engine_dir: Path, trusted_key: TrustedKey) -> None:
@@ -86,16 +86,36 @@ def check_signature(data: bytes, engine_dir: Path, trusted_key: TrustedKey) -> N
         SignatureError: there is no signature, or it is not the key's over these bytes.
         InputError: the trusted key is none.
     """
-    key = _load_public_key(trusted_key)
-    signature = _read_signature(engine_dir / SIGNATURE_NAME)
-    try:
-        key.verify(signature, data)
-    except InvalidSignature as error:
+    if not is_signed(data, _read_signature(engine_dir / SIGNATURE_NAME), trusted_key):
         raise SignatureError(
             f"{engine_dir}: found a signature of another key or over another {MANIFEST_NAME}, "
-            f"expected one by the key {_fingerprint(key)}. Do not use this engine. Get it again "
-            "from who made it, or, if you trust it, sign it: mdf sign ENGINE --key PRIVATE.pem"
-        ) from error
+            f"expected one by the key {fingerprint(trusted_key)}. Do not use this engine. Get it "
+            "again from who made it, or, if you trust it, sign it: mdf sign ENGINE --key "
+            "PRIVATE.pem"
+        )
+
+
+def sign_bytes(data: bytes, private_key_path: str | os.PathLike[str]) -> tuple[bytes, str]:
+    """Return the 64 bytes of a signature, and the fingerprint of the key's public half.
+
+    Raises:
+        InputError: the key is none.
+    """
+    key = _load_private_key(private_key_path)
+    return key.sign(data), _fingerprint(key.public_key())
+
+
+def is_signed(data: bytes, signature: bytes, trusted_key: TrustedKey) -> bool:
+    """Say whether a signature is the trusted key's over these bytes.
+
+    Raises:
+        InputError: the trusted key is none.
+    """
+    try:
+        _load_public_key(trusted_key).verify(signature, data)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def fingerprint(trusted_key: TrustedKey) -> str:

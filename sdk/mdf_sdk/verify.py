@@ -104,7 +104,7 @@ def verify_engine(
         signed_by = None
         if trusted_key is not None:
             signed_by = import_extra("mdf_sdk.signature", "sign").fingerprint(trusted_key)
-        cases = _load_golden(Path(engine_dir) / GOLDEN_NAME)
+        cases = load_golden(Path(engine_dir) / GOLDEN_NAME)
         reports = []
         for block in BLOCKS:
             spec = engine.manifest.blocks[block]
@@ -134,7 +134,7 @@ def verify_engine(
         )
 
 
-def _load_golden(path: Path) -> dict[int, dict[str, Array]]:
+def load_golden(path: Path) -> dict[int, dict[str, Array]]:
     """Read golden.npz: for each case number, its tensors by name."""
     cases: dict[int, dict[str, Array]] = {}
     try:

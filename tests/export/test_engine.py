@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from mdf_export import build_engine
 from mdf_export import engine as engine_module
+from mdf_export.constants import compare_graphs
 from mdf_export.engine import Target
 from mdf_export.gptq_checkpoint import GptqCheckpoint
 from mdf_export.planning import plan_checkpoint, plan_preset
 from mdf_export.quantize import pack_int4, round_to_nearest
 from mdf_export.recipe import ExportRecipe
 from mdf_export.resuming import resumed_directory
+from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk import MDFClassifier, load_manifest
 from mdf_sdk.errors import (
     CheckpointError,
@@ -349,6 +351,10 @@ def test_weights_that_gptq_quantized_already_are_taken_as_they_are(
     assert held.raw_data == pack_int4(given.codes).numpy().tobytes()
     assert ("/decoder/layers.0/mlp/down_proj/Gather" in {n.name for n in graph.node}) == act_order
     assert verify_engine(tmp_path / "e").ok
+    checkpoint = StreamedCheckpoint.open(tiny_checkpoint)
+    decoder = compare_graphs(tmp_path / "e", load_manifest(tmp_path / "e"), checkpoint)["decoder"]
+    assert decoder.nodes == ()
+    assert max(constant.relative_l2 for constant in decoder.constants) < 0.2
 
 
 def test_gptq_weights_of_another_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from mdf_export import build_engine
-from mdf_export.ladder import Ladder, climb, compare_cases
+from mdf_export.differences import compare_cases
+from mdf_export.ladder import Ladder, climb
 from mdf_export.proof_report import format_ladder
 from mdf_export.recipe import ExportRecipe
 from mdf_sdk.cli import main

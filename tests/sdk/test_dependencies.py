@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "mdf_sdk": set[str](),
     "mdf_training": {"mdf_sdk"},
     "mdf_export": {"mdf_sdk", "mdf_training"},
-    "mdf_benchmarks": {"mdf_sdk", "mdf_training"},  # PyTorch, to compare with
+    "mdf_benchmarks": {"mdf_sdk", "mdf_training", "mdf_export"},  # PyTorch, to compare with
 }
 
 

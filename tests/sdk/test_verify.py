@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mdf_sdk import EngineError, IntegrityError, load_manifest, verify_engine
 from mdf_sdk.manifest import BLOCKS
 from mdf_sdk.sessions import Array
-from mdf_sdk.verify import _load_golden
+from mdf_sdk.verify import load_golden
 
 from .toy_engine import seal
 
@@ -151,7 +151,7 @@ def test_a_damaged_golden_file_is_read_or_refused(
     path = tmp_path / "golden.npz"
     path.write_bytes(content[:end])
     try:
-        cases = _load_golden(path)
+        cases = load_golden(path)
     except EngineError as error:
         assert len(str(error)) < 1000  # noqa: PT017
         return

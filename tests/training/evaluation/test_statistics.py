@@ -19,6 +19,7 @@ from mdf_training.evaluation.statistics import (
     log_probabilities,
     negative_log_likelihood,
     paired_difference,
+    reliability,
 )
 
 RNG = np.random.default_rng(0)
@@ -46,6 +47,13 @@ def test_the_bootstrap_of_a_mean_is_scipys() -> None:
     ).confidence_interval
     # Both are random: two runs of scipy with other seeds differ by up to 0.006.
     assert ours == pytest.approx(tuple(theirs), abs=0.015)
+
+
+def test_a_lower_confidence_narrows_a_bootstrap() -> None:
+    values = RNG.normal(size=200)
+    half = stats.norm.ppf(0.95) * values.std() / np.sqrt(200)
+    expected = (values.mean() - half, values.mean() + half)
+    assert bootstrap_interval(values, np.mean, confidence=0.9) == pytest.approx(expected, abs=0.02)
 
 
 def test_eyes_that_agree_do_not_count_twice() -> None:
@@ -156,6 +164,16 @@ def test_equal_confidences_share_a_bin() -> None:
     probabilities = np.tile([0.5, 0.5], (40, 1))
     truth = np.repeat([0, 1], 20)  # in the order of the cases, bins would be all right or all wrong
     assert expected_calibration_error(probabilities, truth) == pytest.approx(0.0)
+
+
+def test_reliability_counts_every_case_once() -> None:
+    probabilities = np.exp(log_probabilities(RNG.normal(size=(300, 3)).astype(np.float32), 0.7))
+    counts, confidence, accuracy = reliability(probabilities, TRUTH)
+    assert counts.tolist() == [20] * 15
+    assert (np.diff(confidence) > 0).all()
+    assert (counts * confidence).sum() == pytest.approx(probabilities.max(axis=1).sum())
+    right = probabilities.argmax(axis=1) == TRUTH
+    assert (counts * accuracy).sum() == pytest.approx(right.sum())
 
 
 def test_the_bins_of_the_calibration_error_are_of_equal_mass() -> None:

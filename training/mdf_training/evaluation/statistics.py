@@ -94,10 +94,11 @@ def bootstrap_interval(
     groups: Sequence[Any] | None = None,
     *,
     strata: Sequence[Any] | None = None,
+    confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """95 % percentile bootstrap (Efron, 1979) of a statistic of cases.
+    """Two-sided percentile bootstrap (Efron, 1979) of a statistic of cases.
 
     It cannot show an error that never occurred: where all cases are alike it has no width, and for
     a proportion Wilson's interval is the honest one.
@@ -122,7 +123,7 @@ def bootstrap_interval(
         share = np.full(len(members), 1 / len(members))
         draws[:, members] = rng.multinomial(len(members), share, resamples)
     found = [statistic(values[np.repeat(np.arange(n), drawn[group])]) for drawn in draws]
-    low, high = np.percentile(found, [2.5, 97.5])
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -213,24 +214,45 @@ def log_probabilities(scores: npt.NDArray[np.floating[Any]], temperature: float)
     return result
 
 
-def expected_calibration_error(
+def reliability(
     probabilities: Float64, truth: Int64, bins: int = CALIBRATION_BINS
-) -> float:
-    """Mean gap between confidence in the chosen label and its accuracy.
+) -> tuple[Int64, Float64, Float64]:
+    """Group cases by their confidence in the chosen label: how sure, and how often right?
 
-    Eq. 3 of Guo et al. (2017), with bins of equal mass (Nguyen and O'Connor, 2015): bins of equal
-    width are nearly all empty where a model is sure of itself.
+    Bins of equal mass (Nguyen and O'Connor, 2015): bins of equal width are nearly all empty where a
+    model is sure of itself.
 
     Args:
         probabilities: (N, K).
         truth: int64 (N,).
+
+    Returns:
+        Of each bin that holds a case: cases, mean confidence, accuracy.
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == truth
     starts = np.arange(1, bins) * len(truth) // bins
     # Equal confidences share a bin: cut by their order, each bin would have an accuracy of its own.
     part = np.searchsorted(np.sort(confidence)[starts], confidence, side="right")
-    return float(np.abs(np.bincount(part, confidence - correct)).sum() / len(truth))
+    counts = np.bincount(part, minlength=bins)
+    sums = [np.bincount(part, values, minlength=bins) for values in (confidence, correct)]
+    held = counts > 0
+    return counts[held], sums[0][held] / counts[held], sums[1][held] / counts[held]
+
+
+def expected_calibration_error(
+    probabilities: Float64, truth: Int64, bins: int = CALIBRATION_BINS
+) -> float:
+    """Mean gap between confidence in the chosen label and its accuracy.
+
+    Eq. 3 of Guo et al. (2017), over the bins of `reliability`.
+
+    Args:
+        probabilities: (N, K).
+        truth: int64 (N,).
+    """
+    counts, confidence, accuracy = reliability(probabilities, truth, bins)
+    return float((counts * np.abs(confidence - accuracy)).sum() / len(truth))
 
 
 def brier_score(probabilities: Float64, truth: Int64) -> float:
