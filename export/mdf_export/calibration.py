@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdf_export.blocks import check_given
-from mdf_export.decisions import spread
 from mdf_export.gptq import Hessian, gptq
+from mdf_export.proof.decisions import spread
 from mdf_export.quantize import BITS, QuantizedWeight, pack_int4, unpack_int4
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint

@@ -103,7 +103,7 @@ def parse_bytes(words: str) -> int:
 
 def _mix(args: argparse.Namespace, recipe: "ExportRecipe") -> "ExportRecipe":
     """Keep in a better precision what the sensitivity and a bound say, and print how much."""
-    from mdf_export.sensitivity import mixed_recipe
+    from mdf_export.proof.sensitivity import mixed_recipe
 
     bounds = (args.max_bytes, args.max_flips)
     if not args.sensitivity or not args.checkpoint or bounds == (None, None):

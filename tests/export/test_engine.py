@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from mdf_export import build_engine
 from mdf_export import engine as engine_module
-from mdf_export.constants import compare_graphs
 from mdf_export.engine import Target
 from mdf_export.gptq_checkpoint import GptqCheckpoint
 from mdf_export.planning import plan_checkpoint, plan_preset
+from mdf_export.proof.constants import compare_graphs
 from mdf_export.quantize import pack_int4, round_to_nearest
 from mdf_export.recipe import ExportRecipe
 from mdf_export.resuming import resumed_directory

@@ -14,8 +14,8 @@ from mdf_benchmarks.parity.checks import (
     output_tolerance,
 )
 from mdf_benchmarks.parity.reference import Reference
-from mdf_export.constants import ConstantDifference, GraphDifference, compare_graphs
-from mdf_export.differences import (
+from mdf_export.proof.constants import ConstantDifference, GraphDifference, compare_graphs
+from mdf_export.proof.differences import (
     Difference,
     LayerDifference,
     compare_blocks,

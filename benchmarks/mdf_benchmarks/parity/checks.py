@@ -62,7 +62,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ConstantTolerance:
-    """How far a constant of a graph may be off, see `mdf_export.constants.ConstantDifference`."""
+    """How far a constant of a graph may be off (`mdf_export.proof.constants`)."""
 
     relative_l2: float
     gain: float

@@ -17,7 +17,7 @@ from mdf_benchmarks.parity.noninferiority import (
     noninferiority_p,
 )
 from mdf_benchmarks.parity.reference import Reference
-from mdf_export.decisions import bootstrap_mean, divergences
+from mdf_export.proof.decisions import bootstrap_mean, divergences
 from mdf_sdk.errors import DataError, InputError
 from mdf_training.evaluation.evaluate import Scores, calibration
 from mdf_training.evaluation.statistics import (

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from mdf_benchmarks.parity.controls import CONTROL_CASES, Float32, score_controls
-from mdf_export.decisions import spread
-from mdf_export.decoder_run import WEIGHTS_SHARE, weight_memory
-from mdf_export.differences import ReferenceProbe, probe_reference
 from mdf_export.golden import GOLDEN_CASES, reference_tensors
+from mdf_export.proof.decisions import spread
+from mdf_export.proof.decoder_run import WEIGHTS_SHARE, weight_memory
+from mdf_export.proof.differences import ReferenceProbe, probe_reference
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError, InputError
 from mdf_sdk.integrity import digest

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdf_export.decisions import Scores
 from mdf_export.engine import check_device
+from mdf_export.proof.decisions import Scores
 from mdf_export.quantize import BITS, round_to_nearest
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import InputError

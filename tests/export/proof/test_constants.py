@@ -1,4 +1,4 @@
-"""mdf_export.constants: every constant of an engine against the checkpoint's."""
+"""mdf_export.proof.constants: every constant of an engine against the checkpoint's."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdf_export import build_engine
-from mdf_export.constants import GraphDifference, _judge_codes, compare_graphs
+from mdf_export.proof.constants import GraphDifference, _judge_codes, compare_graphs
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.manifest import load_manifest

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdf_export.calibration import quantizable_linears
-from mdf_export.decisions import Scores, divergences, spread
-from mdf_export.decoder_run import DecoderRun, hold_checkpoint, replaced, rounded_weight
 from mdf_export.planning import plan_engine
+from mdf_export.proof.decisions import Scores, divergences, spread
+from mdf_export.proof.decoder_run import DecoderRun, hold_checkpoint, replaced, rounded_weight
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import InputError

@@ -35,8 +35,8 @@ def add_ladder(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run_ladder(args: argparse.Namespace) -> int:
     """Climb the ladder, write the report and print it."""
-    climb = import_extra("mdf_export.ladder", "all").climb
-    report = import_extra("mdf_export.proof_report", "all")
+    climb = import_extra("mdf_export.proof.ladder", "all").climb
+    report = import_extra("mdf_export.proof.report", "all")
     words = [str(args.checkpoint), *map(str, args.engines), "--data", args.data]
     if args.cases is not None:
         words += ["--cases", str(args.cases)]
@@ -72,8 +72,8 @@ def add_sensitivity(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 
 def run_sensitivity(args: argparse.Namespace) -> int:
     """Measure, write the report and print the most damaging linears."""
-    measure = import_extra("mdf_export.sensitivity", "all").measure_sensitivity
-    report = import_extra("mdf_export.proof_report", "all")
+    measure = import_extra("mdf_export.proof.sensitivity", "all").measure_sensitivity
+    report = import_extra("mdf_export.proof.report", "all")
     words = [str(args.checkpoint), "--data", args.data, "--cases", str(args.cases)]
     words += ["--precision", args.precision, "--block-size", str(args.block_size)]
     words += ["--device", args.device]

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mdf_export.ladder import Ladder
-from mdf_export.sensitivity import LinearDamage, Sensitivity
+from mdf_export.proof.ladder import Ladder
+from mdf_export.proof.sensitivity import LinearDamage, Sensitivity
 from mdf_sdk.manifest import Manifest
 from mdf_training.evaluation.statistics import Estimate
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from mdf_export.decisions import (
+from mdf_export.proof.decisions import (
     Float64,
     Scores,
     bootstrap_mean,
@@ -22,7 +22,7 @@ from mdf_export.decisions import (
     divergences,
     spread,
 )
-from mdf_export.differences import (
+from mdf_export.proof.differences import (
     Difference,
     LayerDifference,
     ReferenceProbe,

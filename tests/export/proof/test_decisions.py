@@ -1,4 +1,4 @@
-"""mdf_export.decisions: what two models' scores say of each other."""
+"""mdf_export.proof.decisions: what two models' scores say of each other."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdf_export.decisions import (
+from mdf_export.proof.decisions import (
     bootstrap_mean,
     calibration_error,
     divergences,

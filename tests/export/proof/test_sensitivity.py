@@ -1,4 +1,4 @@
-"""mdf_export.sensitivity: each linear's own damage, and what is bought with bytes."""
+"""mdf_export.proof.sensitivity: each linear's own damage, and what is bought with bytes."""
 
 import dataclasses
 import json
@@ -11,12 +11,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mdf_export import decoder_run as decoder_run_module
 from mdf_export.commands import parse_bytes
-from mdf_export.decoder_run import DecoderRun, hold_checkpoint, replaced, rounded_weight
 from mdf_export.planning import plan_checkpoint
-from mdf_export.recipe import ExportRecipe
-from mdf_export.sensitivity import (
+from mdf_export.proof import decoder_run as decoder_run_module
+from mdf_export.proof.decoder_run import DecoderRun, hold_checkpoint, replaced, rounded_weight
+from mdf_export.proof.sensitivity import (
     LinearDamage,
     Sensitivity,
     choose_kept,
@@ -26,6 +25,7 @@ from mdf_export.sensitivity import (
     mixed_recipe,
     promotions,
 )
+from mdf_export.recipe import ExportRecipe
 from mdf_sdk.cli import main
 from mdf_sdk.errors import InputError
 from mdf_sdk.manifest import load_manifest

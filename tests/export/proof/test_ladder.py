@@ -1,4 +1,4 @@
-"""mdf_export.ladder: each engine's loss, found where it happens."""
+"""mdf_export.proof.ladder: each engine's loss, found where it happens."""
 
 import json
 import shutil
@@ -9,9 +9,9 @@ import onnx
 import pytest
 
 from mdf_export import build_engine
-from mdf_export.differences import compare_cases
-from mdf_export.ladder import Ladder, climb
-from mdf_export.proof_report import format_ladder
+from mdf_export.proof.differences import compare_cases
+from mdf_export.proof.ladder import Ladder, climb
+from mdf_export.proof.report import format_ladder
 from mdf_export.recipe import ExportRecipe
 from mdf_sdk.cli import main
 from mdf_sdk.errors import DataError, InputError
