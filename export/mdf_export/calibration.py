@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from mdf_export.blocks import check_given
 from mdf_export.gptq import Hessian, gptq
-from mdf_export.proof.decisions import spread
 from mdf_export.quantize import BITS, QuantizedWeight, pack_int4, unpack_int4
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError, DataError
 from mdf_sdk.preprocessing import to_pixels
+from mdf_training.data.cases import spread
 from mdf_training.data.folder import open_data
 from mdf_training.model import PromptTensors
 

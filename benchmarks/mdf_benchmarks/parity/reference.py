@@ -11,7 +11,6 @@ import torch
 
 from mdf_benchmarks.parity.controls import CONTROL_CASES, Float32, score_controls
 from mdf_export.golden import GOLDEN_CASES, reference_tensors
-from mdf_export.proof.decisions import spread
 from mdf_export.proof.decoder_run import WEIGHTS_SHARE, weight_memory
 from mdf_export.proof.differences import ReferenceProbe, probe_reference
 from mdf_export.streaming import StreamedCheckpoint
@@ -19,7 +18,7 @@ from mdf_sdk.errors import CheckpointError, InputError
 from mdf_sdk.integrity import digest
 from mdf_sdk.sessions import Array
 from mdf_training.checkpoint import checkpoint_digest
-from mdf_training.data.cases import DataSet, Subset
+from mdf_training.data.cases import DataSet, Subset, spread
 from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import PixelSet, stack_pixels
 from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer

@@ -45,9 +45,3 @@ def calibration_error(log_probabilities: Float64, truth: npt.NDArray[np.int64]) 
     bins = np.array_split(np.argsort(confidence, kind="stable"), CALIBRATION_BINS)
     gaps = [abs(float((confidence[b] - correct[b]).sum())) for b in bins]
     return sum(gaps) / len(truth)
-
-
-def spread(total: int, count: int | None) -> list[int]:
-    """Return the indices of `count` cases spread evenly over `total`; of all, where None."""
-    count = total if count is None else min(count, total)
-    return [i * total // count for i in range(count)]

@@ -20,7 +20,6 @@ from mdf_export.proof.decisions import (
     bootstrap_mean,
     calibration_error,
     divergences,
-    spread,
 )
 from mdf_export.proof.differences import (
     Difference,
@@ -37,6 +36,7 @@ from mdf_sdk.engine import Engine
 from mdf_sdk.errors import DataError, InputError
 from mdf_sdk.manifest import Manifest
 from mdf_training.checkpoint import checkpoint_digest
+from mdf_training.data.cases import spread
 from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import PixelSet, batches, stack_pixels
 from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer

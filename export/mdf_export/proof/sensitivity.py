@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from mdf_export.calibration import quantizable_linears
 from mdf_export.planning import plan_engine
-from mdf_export.proof.decisions import Scores, divergences, spread
+from mdf_export.proof.decisions import Scores, divergences
 from mdf_export.proof.decoder_run import DecoderRun, hold_checkpoint, replaced, rounded_weight
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import InputError
 from mdf_sdk.manifest import Precision
 from mdf_training.checkpoint import checkpoint_digest
+from mdf_training.data.cases import spread
 from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import CasePixels, PixelSet, batches
 from mdf_training.evaluation.statistics import Proportion, log_probabilities

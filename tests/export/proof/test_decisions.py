@@ -11,7 +11,6 @@ from mdf_export.proof.decisions import (
     bootstrap_mean,
     calibration_error,
     divergences,
-    spread,
 )
 from mdf_training.evaluation.statistics import log_probabilities
 
@@ -61,8 +60,3 @@ def test_a_model_that_is_right_as_often_as_it_says_is_calibrated() -> None:
     truth = np.tile([0, 0, 0, 0, 1], 20)
     assert calibration_error(sure, truth) == pytest.approx(0, abs=1e-9)
     assert calibration_error(sure, np.ones(100, np.int64)) == pytest.approx(0.8)
-
-
-def test_cases_are_spread_over_the_whole_set() -> None:
-    assert spread(10, 5) == [0, 2, 4, 6, 8]
-    assert spread(3, 5) == spread(3, None) == [0, 1, 2]

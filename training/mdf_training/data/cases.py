@@ -81,3 +81,9 @@ class Subset:
 
     def read(self, index: int, least_px: int | None) -> Case:
         return self.data.read(self.indices[index], least_px)
+
+
+def spread(total: int, count: int | None) -> list[int]:
+    """Return the indices of `count` cases spread evenly over `total`; of all, where None."""
+    count = total if count is None else min(count, total)
+    return [i * total // count for i in range(count)]
