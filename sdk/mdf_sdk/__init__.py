@@ -30,9 +30,9 @@ from mdf_sdk.errors import (
 )
 from mdf_sdk.integrity import check_files
 from mdf_sdk.manifest import Manifest, load_manifest
+from mdf_sdk.photograph import load_image
 from mdf_sdk.picture import save_picture
 from mdf_sdk.prediction import EngineIdentity, Prediction
-from mdf_sdk.preprocessing import load_image
 from mdf_sdk.verify import VerifyReport, verify_engine
 
 __version__ = "0.1.0"

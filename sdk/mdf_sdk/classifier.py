@@ -18,15 +18,9 @@ from mdf_sdk.errors import BackendRunError, InputError, ManifestError
 from mdf_sdk.evidence import GRID, cover_cells
 from mdf_sdk.manifest import TrustedKey
 from mdf_sdk.memory import KEPT_PHOTOGRAPHS
+from mdf_sdk.photograph import ImageSource, decode, prepare, read_source
 from mdf_sdk.prediction import EngineIdentity, Prediction
-from mdf_sdk.preprocessing import (
-    ImageSource,
-    Pixels,
-    Square,
-    decode,
-    prepare,
-    read_source,
-)
+from mdf_sdk.preprocessing import Pixels, Square
 from mdf_sdk.prompt import EncodedText
 from mdf_sdk.sessions import Array, Tensor
 

@@ -99,8 +99,8 @@ def _add_device_and_json(parser: argparse.ArgumentParser) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     from mdf_sdk.classifier import MDFClassifier
+    from mdf_sdk.photograph import load_image
     from mdf_sdk.picture import check_picture_path, save_picture
-    from mdf_sdk.preprocessing import load_image
 
     wants_picture = args.picture is not None
     if wants_picture:

@@ -20,7 +20,7 @@ from pydicom.pixels.processing import apply_color_lut
 
 from mdf_sdk.errors import ImageError, MDFError
 from mdf_sdk.extras import import_extra
-from mdf_sdk.preprocessing import MAX_FILE_BYTES, check_frame, check_size
+from mdf_sdk.photograph import MAX_FILE_BYTES, check_frame, check_size
 
 Values = npt.NDArray[Any]  # (rows, columns) or (rows, columns, 3), integers
 

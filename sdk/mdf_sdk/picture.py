@@ -9,8 +9,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from mdf_sdk.errors import ImageError, InputError
+from mdf_sdk.photograph import ImageSource, load_image
 from mdf_sdk.prediction import Prediction
-from mdf_sdk.preprocessing import ImageSource, Picture, crop_square, find_square, load_image
+from mdf_sdk.preprocessing import Picture, crop_square, find_square
 
 _PANEL_PX = 512
 _MARGIN_PX = 24

@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["mdf_sdk", "PIL", "pydicom"]):
     import mdf_sdk.dicom
     from mdf_sdk.integrity import check_files
     from mdf_sdk.manifest import parse_manifest
-    from mdf_sdk.preprocessing import decode, read_source
+    from mdf_sdk.photograph import decode, read_source
 
     PIL.Image.init()  # imports its readers, which it would do later and uninstrumented
 

@@ -8,7 +8,7 @@ import pytest
 
 from mdf_sdk import MDFError
 from mdf_sdk.manifest import parse_manifest
-from mdf_sdk.preprocessing import decode, read_source
+from mdf_sdk.photograph import decode, read_source
 
 CORPUS = Path(__file__).parent / "corpus"
 

@@ -265,7 +265,7 @@ def test_gray_is_windowed_after_rescaling(
 
 
 def test_a_color_profile_is_converted_to_srgb(photograph: Picture) -> None:
-    from .test_preprocessing import swapped_profile
+    from .test_photograph import swapped_profile
 
     profile = swapped_profile()
     in_dicom = load_image(ophthalmic(photograph, ICCProfile=profile))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mdf_benchmarks.inputs import TEXTS, jpeg, photograph
 from mdf_sdk import BackendRunError, ImageError, InputError, MDFClassifier, Prediction, TextError
-from mdf_sdk.preprocessing import ImageSource
+from mdf_sdk.photograph import ImageSource
 
 Ask = Callable[[MDFClassifier], Sequence[Prediction]]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
-from mdf_sdk.preprocessing import load_image
+from mdf_sdk.photograph import load_image
 from mdf_training.data.duplicates import MAX_DISTANCE, find_duplicates, hash_picture
 from mdf_training.data.synthetic import SyntheticData
 

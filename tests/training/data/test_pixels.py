@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mdf_sdk.manifest import ImageSpec
-from mdf_sdk.preprocessing import decode, prepare, read_source
+from mdf_sdk.photograph import decode, prepare, read_source
 from mdf_training.data.folder import COLUMNS, FolderData
 from mdf_training.data.pixels import PixelSet
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mdf_sdk.errors import DataError, ImageError, InputError
-from mdf_sdk.preprocessing import Photograph, load_photograph
+from mdf_sdk.photograph import Photograph, load_photograph
 from mdf_sdk.staging import staged_directory
 from mdf_training.data.cases import Case, DataSet, Row, Subset
 from mdf_training.data.splits import load_split
