@@ -41,8 +41,8 @@ class _Costs:
 
 
 # cpu: growth of resident memory, smol-135m and nano, ONNX Runtime 1.31.1 on two cores, 2026-11-22.
-# cuda: nano and single cases of 11B, int4 and fp16, on an H100 and an H200, texts of up to 512
-# tokens (docs/results/sdk-gpu.md). Not measured: fp8 on the CPU, taken as float32; tensorrt.
+# cuda: nano under eight callers and single cases of 11B, int4 and fp16, on an H100
+# (docs/results/sdk-gpu.md). Not measured: fp8 on the CPU, taken as float32; tensorrt.
 _COSTS = {
     "cpu": _Costs(
         weights={"fp32": 1.05, "tf32": 1.05, "fp16": 2.6, "fp8": 4.2, "int8": 1.9, "int4": 2.1},

@@ -46,15 +46,6 @@ def test_every_tensor_comes_back_bit_by_bit(tiny_checkpoint: Path, tmp_path: Pat
     assert checkpoint_digest(tmp_path / "again") == checkpoint_digest(tiny_checkpoint)
 
 
-def test_a_u_net_in_channels_last_order_saves_the_same_files(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    first = load_checkpoint(tiny_checkpoint)
-    first.model.unet.to(memory_format=torch.channels_last)
-    save_checkpoint(tmp_path / "again", first)
-    assert checkpoint_digest(tmp_path / "again") == checkpoint_digest(tiny_checkpoint)
-
-
 def test_shards_load_as_one_file_does(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

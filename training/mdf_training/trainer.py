@@ -361,7 +361,7 @@ class _Trainer:
             disable=None if self.processes.is_main else True,
         )
         if self.readers:
-            self.pixels.fill(order)  # before they are copied
+            self.pixels.fill(indices)  # before they are copied; the same ones in every epoch
         prepared = prepare_ahead(self._prepare, steps, self.readers)
         for number, inputs in zip(bar, prepared, strict=True):
             self._set_learning_rates(epoch * len(steps) + number, self.recipe.epochs * len(steps))

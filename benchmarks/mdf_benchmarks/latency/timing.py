@@ -106,11 +106,7 @@ class Stream(NamedTuple):
 
 
 def time_pace() -> float:
-    """Time the same plain work on one core, milliseconds: what others do on the machine shows.
-
-    With one and two busy neighbors on two cores it takes 1.0 and 3.3 times as long, the nano engine
-    1.1 and 3.0 times.
-    """
+    """Time the same plain work on one core, milliseconds: what others do on the machine shows."""
     start = time.perf_counter()
     total = 0
     for number in range(_PACE_STEPS):

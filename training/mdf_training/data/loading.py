@@ -1,6 +1,6 @@
 """Steps of an epoch in, their arrays out, prepared in processes of their own while a model trains.
 
-A card waits for pictures otherwise: augmenting sixteen of them takes as long as a step.
+A card waits for pictures otherwise.
 """
 
 from collections.abc import Callable, Iterator, Sequence

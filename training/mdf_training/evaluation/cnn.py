@@ -234,7 +234,7 @@ class _Run:
         steps = [self._draw(batch, rng) for batch in batches(order, self.recipe.batch_size)]
         readers = readers_for(self.device)
         if readers:
-            self.pixels.fill(order)  # before they are copied
+            self.pixels.fill(indices)  # before they are copied; the same ones in every epoch
         prepared = prepare_ahead(self._prepare, steps, readers)
         total = 0.0
         for number, (pixels, truth) in enumerate(
