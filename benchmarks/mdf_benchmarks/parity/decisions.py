@@ -17,7 +17,6 @@ from mdf_benchmarks.parity.noninferiority import (
     noninferiority_p,
 )
 from mdf_benchmarks.parity.reference import Reference
-from mdf_export.proof.decisions import bootstrap_mean, divergences
 from mdf_sdk.errors import DataError, InputError
 from mdf_training.evaluation.evaluate import Scores, calibration
 from mdf_training.evaluation.statistics import (
@@ -25,7 +24,9 @@ from mdf_training.evaluation.statistics import (
     Int64,
     Proportion,
     bootstrap_interval,
+    estimate_mean,
     exact_mcnemar,
+    kl_divergences,
     log_probabilities,
     reliability,
 )
@@ -136,14 +137,14 @@ def check_scores(reference: Reference, scores: Scores, temperature: float) -> Ch
     faults = []
     if temperature != own_temperature:
         faults.append(Fault("temperature", f"{temperature:.6g}", f"{own_temperature:.6g}"))
-    kl = divergences(theirs, ours)
+    kl = kl_divergences(theirs, ours)
     middle = np.logaddexp(theirs, ours) - np.log(2)
-    js = (divergences(theirs, middle) + divergences(ours, middle)) / 2
+    js = (kl_divergences(theirs, middle) + kl_divergences(ours, middle)) / 2
     shift = _margin_shift(theirs, ours)
     results = {
-        "kl_nats": {**bootstrap_mean(kl, reference.patients).to_dict(), "max": float(kl.max())},
+        "kl_nats": {**estimate_mean(kl, reference.patients).to_dict(), "max": float(kl.max())},
         "jensen_shannon_nats": {
-            **bootstrap_mean(js, reference.patients).to_dict(),
+            **estimate_mean(js, reference.patients).to_dict(),
             "max": float(js.max()),
         },
         "margin_shift_nats": {

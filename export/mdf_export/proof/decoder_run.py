@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mdf_export.engine import check_device
-from mdf_export.proof.decisions import Scores
 from mdf_export.quantize import BITS, round_to_nearest
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import InputError
 from mdf_sdk.manifest import Precision
 from mdf_training.backbone import CrossAttentionFeed
 from mdf_training.data.pixels import CasePixels, stack_pixels
+from mdf_training.evaluation.evaluate import Scores
 from mdf_training.model import PromptTensors
 
 WEIGHTS_SHARE = 0.8  # of the memory; the rest is for activations

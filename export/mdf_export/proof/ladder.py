@@ -14,13 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from mdf_export.proof.decisions import (
-    Float64,
-    Scores,
-    bootstrap_mean,
-    calibration_error,
-    divergences,
-)
 from mdf_export.proof.differences import (
     Difference,
     LayerDifference,
@@ -40,8 +33,16 @@ from mdf_training.data.cases import spread
 from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import PixelSet, batches, stack_pixels
 from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
-from mdf_training.evaluation.evaluate import BATCH_SIZE, Scorer
-from mdf_training.evaluation.statistics import Estimate, Proportion, log_probabilities
+from mdf_training.evaluation.evaluate import BATCH_SIZE, Scorer, Scores
+from mdf_training.evaluation.statistics import (
+    Estimate,
+    Float64,
+    Proportion,
+    estimate_mean,
+    expected_calibration_error,
+    kl_divergences,
+    log_probabilities,
+)
 
 # Of these the tensors of every block and layer are compared; all cases are scored.
 TENSOR_CASES = 8
@@ -185,7 +186,7 @@ class _Reference:
 
     def calibration_error(self, log_probabilities: Float64) -> float | None:
         known = bool((self.truth >= 0).all())
-        return calibration_error(log_probabilities, self.truth) if known else None
+        return expected_calibration_error(np.exp(log_probabilities), self.truth) if known else None
 
 
 def climb(
@@ -214,7 +215,7 @@ def climb(
         Step(
             before.engine,
             after.engine,
-            bootstrap_mean(before.divergences - after.divergences, reference.patients),
+            estimate_mean(before.divergences - after.divergences, reference.patients),
         )
         for before, after in pairwise(rungs)
         if before.manifest.precision == after.manifest.precision == "int4"
@@ -259,7 +260,7 @@ def _compare(
         scores = _score(classifier, pixels, indices, str(engine_dir))
     found = log_probabilities(scores, manifest.temperature)
     flipped = scores.argmax(axis=1) != reference.scores.argmax(axis=1)
-    by_case = divergences(reference.log_probabilities, found)
+    by_case = kl_divergences(reference.log_probabilities, found)
     sizes = {name: entry.bytes for name, entry in manifest.files.items() if _FILE_OF_BLOCK in name}
     return Rung(
         engine_dir,
@@ -271,7 +272,7 @@ def _compare(
         Proportion(int(flipped.sum()), len(flipped)),
         tuple(file for file, flip in zip(reference.files, flipped, strict=True) if flip),
         by_case,
-        bootstrap_mean(by_case, reference.patients),
+        estimate_mean(by_case, reference.patients),
         reference.calibration_error(found),
     )
 

@@ -35,7 +35,7 @@ def format_ladder(ladder: Ladder) -> str:
         "",
         "Flips: labels that are not the reference's, Wilson interval. KL(reference || engine) of "
         "the calibrated label probabilities; interval by bootstrap over patients. Calibration "
-        "error: ECE, 10 bins of equal mass.",
+        "error: ECE, 15 bins of equal mass.",
     ]
     for step in ladder.steps:
         low, high = step.kl_removed.interval_95

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from mdf_export.calibration import quantizable_linears
 from mdf_export.planning import plan_engine
-from mdf_export.proof.decisions import Scores, divergences
 from mdf_export.proof.decoder_run import DecoderRun, hold_checkpoint, replaced, rounded_weight
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
@@ -27,7 +26,8 @@ from mdf_training.checkpoint import checkpoint_digest
 from mdf_training.data.cases import spread
 from mdf_training.data.folder import open_data
 from mdf_training.data.pixels import CasePixels, PixelSet, batches
-from mdf_training.evaluation.statistics import Proportion, log_probabilities
+from mdf_training.evaluation.evaluate import Scores
+from mdf_training.evaluation.statistics import Proportion, kl_divergences, log_probabilities
 
 SENSITIVITY = "sensitivity.json"
 CASES_AT_ONCE = 32  # the stream behind every layer is kept for as many
@@ -152,7 +152,7 @@ def measure_sensitivity(
                     with replaced(linear, rounded_weight(linear, precision, block_size)):
                         scores = run.score_from(name)
                     after = log_probabilities(scores, temperature)
-                    kl[name] += float(divergences(before, after).sum()) / total
+                    kl[name] += float(kl_divergences(before, after).sum()) / total
                     flips[name] += _flips(run.scores, scores)
                     progress.update()
         return Sensitivity(

@@ -1,5 +1,7 @@
 """evaluation.statistics: against scipy, scikit-learn and tables made by hand."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,8 +16,10 @@ from mdf_training.evaluation.statistics import (
     bootstrap_interval,
     brier_score,
     estimate_balanced_accuracy,
+    estimate_mean,
     exact_mcnemar,
     expected_calibration_error,
+    kl_divergences,
     log_probabilities,
     negative_log_likelihood,
     paired_difference,
@@ -63,6 +67,14 @@ def test_eyes_that_agree_do_not_count_twice() -> None:
     assert grouped == pytest.approx(bootstrap_interval(values, np.mean))
     naive = bootstrap_interval(both_eyes, np.mean)
     assert np.diff(naive)[0] == pytest.approx(np.diff(grouped)[0] / np.sqrt(2), rel=0.1)
+
+
+def test_a_mean_has_the_interval_of_the_normal_law() -> None:
+    values = np.random.default_rng(5).normal(3.0, 1.0, 400)
+    mean = estimate_mean(values, range(400))
+    half = 1.96 * values.std() / 20
+    assert mean.value == pytest.approx(values.mean())
+    assert mean.interval_95 == pytest.approx((mean.value - half, mean.value + half), abs=0.02)
 
 
 def test_no_draw_lacks_a_stratum() -> None:
@@ -202,3 +214,22 @@ def test_a_temperature_keeps_the_order_of_the_labels() -> None:
     hot = log_probabilities(scores, 5.0)
     assert (hot.argmax(axis=1) == scores.argmax(axis=1)).all()
     assert hot.max() < log_probabilities(scores, 1.0).max()
+
+
+def test_temperature_flattens_probabilities() -> None:
+    scores = np.array([[-1.0, -3.0]], np.float32)
+    np.testing.assert_allclose(np.exp(log_probabilities(scores, 2.0))[0, 0], 1 / (1 + math.exp(-1)))
+
+
+def test_the_divergence_of_two_coins_is_the_formulas() -> None:
+    fair, bent = np.log([[0.5, 0.5]]), np.log([[0.9, 0.1]])
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert kl_divergences(fair, bent)[0] == pytest.approx(expected)
+    assert kl_divergences(fair, fair)[0] == 0
+
+
+@given(st.lists(st.floats(-30, 30, width=32), min_size=6, max_size=6), st.floats(0.2, 5))
+def test_a_divergence_is_never_negative(values: list[float], temperature: float) -> None:
+    scores = np.array(values, np.float32).reshape(2, 3)
+    first, second = log_probabilities(scores, temperature)
+    assert kl_divergences(first[None], second[None])[0] >= -1e-12

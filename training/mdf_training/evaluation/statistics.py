@@ -127,6 +127,11 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def estimate_mean(values: Float64, groups: Sequence[Any]) -> Estimate:
+    """Average of (N,) over cases, with its bootstrap interval; groups (N,), the patients."""
+    return Estimate(float(values.mean()), bootstrap_interval(values, np.mean, groups))
+
+
 def balanced_accuracy(truth: Int64, predicted: Int64) -> float:
     """Mean over the true classes of the share that was recognized; labels int64 (N,)."""
     return float(np.mean([(predicted[truth == k] == k).mean() for k in np.unique(truth)]))
@@ -211,6 +216,12 @@ def log_probabilities(scores: npt.NDArray[np.floating[Any]], temperature: float)
     scaled = scores.astype(np.float64) / temperature
     scaled -= scaled.max(axis=1, keepdims=True)
     result: Float64 = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    return result
+
+
+def kl_divergences(reference: Float64, candidate: Float64) -> Float64:
+    """KL(reference || candidate) by case (N,), in nats, from log-probabilities (N, K)."""
+    result: Float64 = (np.exp(reference) * (reference - candidate)).sum(axis=1)
     return result
 
 
