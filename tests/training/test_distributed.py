@@ -52,14 +52,15 @@ DRIVER = """
 import dataclasses, os, signal, sys
 from pathlib import Path
 import torch
-from mdf_training import trainer
+from mdf_training.epochs import EpochRunner
+from mdf_training.trainer import train
 from mdf_training.recipes import RECIPES
 
 torch.set_num_threads(1)
 data, epochs, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 recipe = dataclasses.replace(RECIPES["nano"], epochs=epochs)
-trainer.train("nano", data, folder / "unbroken", recipe=recipe)
-losses, calls = trainer._Trainer._losses, 0
+train("nano", data, folder / "unbroken", recipe=recipe)
+losses, calls = EpochRunner._losses, 0
 
 def die_in_the_second_epoch(self, inputs):
     global calls
@@ -68,8 +69,8 @@ def die_in_the_second_epoch(self, inputs):
         os.kill(os.getpid(), signal.SIGKILL)
     return losses(self, inputs)
 
-trainer._Trainer._losses = die_in_the_second_epoch
-trainer.train("nano", data, folder / "killed", recipe=recipe)
+EpochRunner._losses = die_in_the_second_epoch
+train("nano", data, folder / "killed", recipe=recipe)
 """
 
 

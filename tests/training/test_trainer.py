@@ -5,28 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from mdf_sdk.errors import CheckpointError, DataError, InputError
-from mdf_training import trainer as trainer_module
 from mdf_training.checkpoint import load_checkpoint
 from mdf_training.config import load_preset
 from mdf_training.data.folder import save_data
 from mdf_training.data.synthetic import SyntheticData
+from mdf_training.epochs import EpochRunner
 from mdf_training.model import build_model
-from mdf_training.recipes import RECIPES, Recipe
-from mdf_training.schedule import freeze
-from mdf_training.trainer import (
-    build_optimizer,
-    dice_scores,
-    fit_temperature,
-    open_gates,
-    segmentation_loss,
-    train,
-)
+from mdf_training.recipes import Recipe
+from mdf_training.trainer import open_gates, train
 
 DATA = "synthetic:40:1"
 RECIPE = Recipe(epochs=3, batch_size=16, seed=5)
@@ -54,7 +45,7 @@ def test_the_same_seed_gives_the_same_run_to_the_last_digit(
 
 def run_until(stop: int, out: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -> None:
     """Train, or go on, and be interrupted after as many epochs."""
-    run_epoch = trainer_module._Trainer.run_epoch
+    run_epoch = EpochRunner.run_epoch
 
     def interrupt(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
         if epoch == stop:
@@ -62,7 +53,7 @@ def run_until(stop: int, out: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -
         return run_epoch(self, epoch, indices)
 
     with patch.context() as patched:
-        patched.setattr(trainer_module._Trainer, "run_epoch", interrupt)
+        patched.setattr(EpochRunner, "run_epoch", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train("nano", "synthetic:16:1", out, recipe=recipe, resume=out.exists())
 
@@ -107,7 +98,7 @@ def test_a_frozen_part_stays_as_it_is_and_the_rest_learns(
 ) -> None:
     recipe = Recipe(epochs=1, batch_size=16, frozen=("unet", "language"))
     before: dict[str, torch.Tensor] = {}
-    run_epoch = trainer_module._Trainer.run_epoch
+    run_epoch = EpochRunner.run_epoch
 
     def look(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
         before.update({name: t.clone() for name, t in self.model.state_dict().items()})
@@ -116,7 +107,7 @@ def test_a_frozen_part_stays_as_it_is_and_the_rest_learns(
         assert trained == {id(p) for p in self.model.parameters() if p.requires_grad}
         return losses
 
-    monkeypatch.setattr(trainer_module._Trainer, "run_epoch", look)
+    monkeypatch.setattr(EpochRunner, "run_epoch", look)
     train("nano", "synthetic:16:1", tmp_path / "out", recipe=recipe)
     after = load_checkpoint(tmp_path / "out").model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -124,14 +115,6 @@ def test_a_frozen_part_stays_as_it_is_and_the_rest_learns(
     assert not [name for name in changed if name.startswith(frozen)]
     for prefix in ("fusion.", "film.", "backbone.model.vision_model."):
         assert any(name.startswith(prefix) for name in changed), prefix
-
-
-def test_a_recipe_that_leaves_nothing_to_train_is_refused() -> None:
-    model = build_model("nano")
-    for part in ("unet", "vision", "language", "fusion"):
-        freeze(model.parts()[part])
-    with pytest.raises(InputError, match="no parameter to train beside the frozen unet"):
-        build_optimizer(model, Recipe(frozen=("unet",)))
 
 
 def test_training_without_fusion_leaves_its_weights_alone(tmp_path: Path) -> None:
@@ -169,14 +152,6 @@ def test_augmented_pictures_make_another_run(
     assert augmented["history"][0]["mask_loss"] != unbroken[1]["history"][0]["mask_loss"]
 
 
-def test_dice_is_one_for_the_same_mask_and_for_none_at_all() -> None:
-    masks = torch.zeros(1, 3, 4, 4)
-    masks[0, 1, :2] = masks[0, 2, :2] = 1
-    logits = torch.full_like(masks, -1.0)
-    logits[0, 1, :2] = logits[0, 2, 1:3] = 1
-    assert dice_scores(logits, masks).tolist() == [[1.0, 1.0, 0.5]]
-
-
 def test_gates_start_where_the_recipe_says_and_nothing_else_moves() -> None:
     torch.manual_seed(0)
     model = build_model("nano")
@@ -202,7 +177,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
 ) -> None:
     out, provenance = unbroken
     interrupted = tmp_path / "interrupted"
-    run_epoch = trainer_module._Trainer.run_epoch
+    run_epoch = EpochRunner.run_epoch
 
     def stop_in_the_second_epoch(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
         if epoch == 1:
@@ -210,7 +185,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
         return run_epoch(self, epoch, indices)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module._Trainer, "run_epoch", stop_in_the_second_epoch)
+        patch.setattr(EpochRunner, "run_epoch", stop_in_the_second_epoch)
         with pytest.raises(KeyboardInterrupt):
             train("nano", DATA, interrupted, recipe=RECIPE)
     resumed = train("nano", DATA, interrupted, recipe=RECIPE, resume=True)
@@ -320,7 +295,7 @@ def test_the_u_net_encoder_starts_from_the_file_and_learns_at_its_own_rate(
         seen["decoder"] = [id(p) for p in self.model.unet.decoder.parameters()]
         return 0.0, 0.0
 
-    monkeypatch.setattr(trainer_module._Trainer, "run_epoch", look)
+    monkeypatch.setattr(EpochRunner, "run_epoch", look)
     recipe = Recipe(epochs=1, unet_lr=0.5, encoder_lr=0.25)
     weights = tmp_path / "weights.safetensors"
     provenance = train("nano", DATA, tmp_path / "out", recipe=recipe, unet_weights=weights)
@@ -357,14 +332,14 @@ def test_a_folder_that_changed_since_the_interruption_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_data(SyntheticData(40, 0), tmp_path / "data")
-    run_epoch = trainer_module._Trainer.run_epoch
+    run_epoch = EpochRunner.run_epoch
 
     def one_epoch(self: Any, epoch: int, indices: Any) -> tuple[float, float]:
         if epoch:
             raise KeyboardInterrupt
         return run_epoch(self, epoch, indices)
 
-    monkeypatch.setattr(trainer_module._Trainer, "run_epoch", one_epoch)
+    monkeypatch.setattr(EpochRunner, "run_epoch", one_epoch)
     with pytest.raises(KeyboardInterrupt):
         train("nano", tmp_path / "data", tmp_path / "out", recipe=RECIPE)
     table = tmp_path / "data" / "labels.csv"
@@ -387,11 +362,6 @@ def test_a_broken_trainer_file_is_refused(tmp_path: Path) -> None:
         train("nano", DATA, tmp_path, recipe=RECIPE, resume=True)
 
 
-def test_without_a_wrong_case_the_temperature_stays_at_one() -> None:
-    scores = torch.tensor([[5.0, -5.0], [-5.0, 5.0]])
-    assert fit_temperature(scores, torch.tensor([0, 1])) == 1.0
-
-
 def test_a_preset_without_its_tokenizer_fails_before_its_weights_are_made(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found no tokenizer"):
         train("llama-3.2-11b", DATA, tmp_path / "out", recipe=RECIPE)
@@ -408,7 +378,7 @@ def test_a_folder_trains_as_the_set_it_was_written_from(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = trainer_module._Trainer._losses
+    losses = EpochRunner._losses
     calls = 0
 
     def diverge(self: Any, inputs: Any) -> Any:
@@ -417,51 +387,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
         label_loss, mask_loss = losses(self, inputs)
         return (label_loss * float("nan") if calls > 3 else label_loss), mask_loss
 
-    monkeypatch.setattr(trainer_module._Trainer, "_losses", diverge)
+    monkeypatch.setattr(EpochRunner, "_losses", diverge)
     with pytest.raises(CheckpointError, match="epoch 2, step 1: found the loss nan"):
         train("nano", DATA, tmp_path / "run", recipe=RECIPE)
     assert len(load_checkpoint(tmp_path / "run").provenance["history"]) == 1
-
-
-def test_grafted_layers_learn_at_their_own_rate() -> None:
-    model = build_model("nano")
-    optimizer = build_optimizer(model, Recipe(backbone_lr=0.5, grafted_lr=0.25))
-    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    for name, parameter in model.backbone.named_parameters():
-        grafted = "vision_model" in name or "projector" in name or "cross_attn" in name
-        language = "self_attn" in name or "embed_tokens" in name or "lm_head" in name
-        if "vision_model" not in name and language:
-            assert rates[id(parameter)] == 0.5, name
-        elif grafted:
-            assert rates[id(parameter)] == 0.25, name
-
-
-def test_every_parameter_is_trained_and_none_twice() -> None:
-    model = build_model("nano")
-    optimizer = build_optimizer(model, RECIPES["nano"])
-    trained = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(trained) == sorted(id(p) for p in model.parameters())
-    vectors = [g for g in optimizer.param_groups if g["weight_decay"] == 0]
-    assert all(p.ndim <= 1 for g in vectors for p in g["params"])
-
-
-def test_an_unannotated_mask_costs_nothing_and_an_annotated_one_does() -> None:
-    logits = torch.full((1, 2, 4, 4), 3.0, requires_grad=True)
-    masks = torch.zeros(1, 2, 4, 4)
-    nothing = segmentation_loss(logits, masks, torch.tensor([[0.0, 0.0]]))
-    assert nothing == 0
-    one = segmentation_loss(logits, masks, torch.tensor([[1.0, 0.0]]))
-    one.backward()
-    assert one > 1
-    assert logits.grad is not None
-    assert logits.grad[:, 0].abs().min() > 0
-    assert not logits.grad[:, 1].any()
-
-
-def test_the_fitted_temperature_undoes_a_known_one() -> None:
-    rng = np.random.default_rng(0)
-    true_logits = rng.normal(size=(20_000, 3))
-    probabilities = np.exp(true_logits) / np.exp(true_logits).sum(axis=1, keepdims=True)
-    truth = torch.tensor([rng.choice(3, p=p) for p in probabilities])
-    overconfident = torch.from_numpy(2.5 * true_logits).float()
-    assert fit_temperature(overconfident, truth) == pytest.approx(2.5, rel=0.05)

@@ -21,9 +21,10 @@ from mdf_training.distributed import (
     place_model,
     random_backbone,
 )
+from mdf_training.losses import segmentation_loss
 from mdf_training.model import MDFModel, PromptTensors, build_model
+from mdf_training.optimizer import build_optimizer
 from mdf_training.recipes import RECIPES
-from mdf_training.trainer import build_optimizer, segmentation_loss
 
 LANGUAGE_TOKENS = 160  # about a prompt with a few sentences of clinical text
 PREFIX_TOKENS = 24

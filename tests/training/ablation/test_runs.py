@@ -225,7 +225,7 @@ def test_an_interrupted_run_of_a_split_ends_as_the_unbroken_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mdf_training.trainer.nn.utils.clip_grad_norm_", _after(1, stop))
+        patch.setattr("mdf_training.epochs.nn.utils.clip_grad_norm_", _after(1, stop))
         with pytest.raises(KeyboardInterrupt):
             single_run.run(run.folder)
     assert not (run.folder / HISTORY).exists()

@@ -35,9 +35,10 @@ from mdf_training.data.loading import prepare_ahead, readers_for
 from mdf_training.data.pixels import PixelSet, batches
 from mdf_training.data.splits import TRAIN, VALIDATION, describe_split
 from mdf_training.evaluation.evaluate import BATCH_SIZE, CNN_KIND
+from mdf_training.losses import fit_temperature
 from mdf_training.recipes import RECIPES, Recipe
 from mdf_training.schedule import step_factor
-from mdf_training.trainer import NOTICE, fit_temperature, split_cases
+from mdf_training.trainer import NOTICE, split_cases
 from mdf_training.unet_weights import describe_weights, load_unet_weights
 
 Float32 = npt.NDArray[np.float32]
