@@ -272,6 +272,31 @@ def test_the_small_files_of_a_directory_of_the_full_size_are_accepted(tmp_path: 
         read_backbone(tmp_path, config)
 
 
+def test_every_tensor_of_the_full_size_is_read(tmp_path: Path) -> None:
+    """21.3 GB in five shards, of which the disk holds the headers alone: all else is zero."""
+    config = load_preset("llama-3.2-11b")
+    with torch.device("meta"):
+        stored = MllamaForConditionalGeneration(four_tile_config(config)).state_dict()
+        expected = build_backbone(config).state_dict()
+    names, index = list(stored), {}
+    for number in range(5):
+        file, header, size = f"model-{number + 1:05}-of-00005.safetensors", {}, 0
+        for name in names[number * len(names) // 5 : (number + 1) * len(names) // 5]:
+            end = size + 2 * stored[name].numel()
+            shape = list(stored[name].shape)
+            tensor = {"dtype": "BF16", "shape": shape, "data_offsets": [size, end]}
+            header[published_name(name)], size = tensor, end
+        content = json.dumps(header).encode()
+        with (tmp_path / file).open("wb") as shard:
+            shard.write(len(content).to_bytes(8, "little") + content)
+            shard.truncate(shard.tell() + size)
+        index |= dict.fromkeys(header, file)
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": index})
+    write_configs(tmp_path, config)
+    found = [(name, tensor.shape) for name, tensor in read_backbone(tmp_path, config)]
+    assert found == [(name, tensor.shape) for name, tensor in expected.items()]
+
+
 @pytest.mark.parametrize("preset", ["nano", "smol-135m", "llama-3.2-11b"])
 def test_a_directory_is_found_to_be_of_its_preset(preset: str, tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", four_tile_config(PRESETS[preset]).to_dict())
