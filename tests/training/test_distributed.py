@@ -41,6 +41,8 @@ from mdf_training.recipes import RECIPES, Recipe
 from mdf_training.scaling import random_inputs
 from mdf_training.trainer import train
 
+from .llama_directory import NANO, build_directory
+
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
 # 35 cases to train on: a batch of 32, and one of 3 that two processes share unevenly.
@@ -183,6 +185,19 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_history_on_two_processes_a
     recipe = dataclasses.replace(RECIPES["nano"], epochs=EPOCHS)
     alone = train("nano", DATA, tmp_path / "one", recipe=recipe, resume=True)
     assert losses_of(alone["history"]) == pytest.approx(losses_of(unbroken), rel=1e-2)
+
+
+def test_every_process_reads_its_share_of_a_backbone(tmp_path: Path) -> None:
+    folder = build_directory(tmp_path / "Llama-nano", NANO)
+    recipe = dataclasses.replace(RECIPES["nano"], epochs=1)
+    alone = train("nano", DATA, tmp_path / "one", recipe=recipe, backbone=folder)
+    done = launch(
+        *("-m", "mdf_sdk.cli", "train", "--preset", "nano", "--data", DATA, "--epochs", "1"),
+        *("--backbone", str(folder), "--out", str(tmp_path / "two")),
+    )
+    assert done.returncode == 0, done.stderr
+    history = read_provenance(tmp_path / "two")["history"]
+    assert losses_of(history) == pytest.approx(losses_of(alone["history"]), rel=1e-3)
 
 
 @pytest.mark.parametrize(("count", "size"), [(16, 2), (5, 2), (3, 4), (1, 8)])

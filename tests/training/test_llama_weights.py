@@ -2,23 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import MllamaForConditionalGeneration
 
 from mdf_sdk.cli import main
 from mdf_sdk.errors import CheckpointError
 from mdf_sdk.prompt import PromptEncoder
 from mdf_training.backbone import TILE_TABLES, build_backbone
 from mdf_training.checkpoint import load_checkpoint
-from mdf_training.config import PRESETS, ModelConfig, load_preset
+from mdf_training.config import PRESETS, load_preset
 from mdf_training.distributed import fill
 from mdf_training.llama_weights import (
     describe_backbone,
@@ -31,110 +30,14 @@ from mdf_training.recipes import Recipe
 from mdf_training.tokenizer import load_tokenizer
 from mdf_training.trainer import train
 
-NANO = load_preset("nano")
-PUBLISHED = {  # transformers' names -> those of the published files
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.vision_model.": "vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-}
-RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
-
-
-def four_tile_config(config: ModelConfig) -> MllamaConfig:
-    return MllamaConfig(
-        text_config=dict(config.text),
-        vision_config={**config.vision, "max_num_tiles": 4, "supported_aspect_ratios": RATIOS},
-        image_token_index=config.text["vocab_size"],
-    )
-
-
-def published_name(name: str) -> str:
-    for ours, theirs in PUBLISHED.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise AssertionError(name)
-
-
-def build_directory(
-    folder: Path,
-    config: ModelConfig,
-    *,
-    shards: int = 2,
-    published: bool = True,
-    device: str = "cpu",
-) -> Path:
-    """Write a directory like that of Llama-3.2-11B-Vision-Instruct, random weights in bfloat16.
-
-    Every file, name, shape and index of the published one, scaled to a preset. At the 11B preset
-    it is 21.4 GB, and memory holds one shard.
-    """
-    folder.mkdir()
-    mllama = four_tile_config(config)
-    with torch.device("meta"):
-        state = MllamaForConditionalGeneration(mllama).state_dict()
-    names = list(state)
-    generator = torch.Generator(device).manual_seed(0)
-    index = {}
-    for number in range(shards):
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        tensors = {}
-        for name in names[number * len(names) // shards : (number + 1) * len(names) // shards]:
-            stored = published_name(name) if published else name
-            values = torch.empty(state[name].shape, dtype=torch.bfloat16, device=device)
-            tensors[stored] = values.normal_(0, 0.1, generator=generator).cpu()
-            index[stored] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
-    write_configs(folder, config)
-    return folder
-
-
-def write_configs(folder: Path, config: ModelConfig) -> None:
-    """The JSON files as published: the theta outside of rope_scaling, among other things."""
-    mllama = four_tile_config(config).to_dict()
-    rope = dict(mllama["text_config"].pop("rope_parameters"))
-    mllama["text_config"]["rope_theta"] = rope.pop("rope_theta")
-    mllama["text_config"]["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    write_json(folder / "config.json", mllama)
-    side = config.image.tower_px
-    preprocessor = {
-        "image_processor_type": "MllamaImageProcessor",
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_pad": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": config.image.tower_mean,
-        "image_std": config.image.tower_std,
-        "max_image_tiles": 4,
-        "resample": 2,
-        "rescale_factor": 0.00392156862745098,
-        "size": {"height": side, "width": side},
-    }
-    write_json(folder / "preprocessor_config.json", preprocessor)
-    (folder / "tokenizer.json").write_text(build_tokenizer(config), encoding="utf-8")
-
-
-def build_tokenizer(config: ModelConfig) -> str:
-    """The nano tokenizer, filled up with reserved tokens to another preset's vocabulary."""
-    tokenizer = Tokenizer.from_str(load_tokenizer(NANO))
-    if config.preset == "nano":
-        return str(tokenizer.to_str())
-    content = json.loads(tokenizer.to_str())
-    size = NANO.text["vocab_size"]
-    content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < size]
-    tokenizer = Tokenizer.from_str(json.dumps(content))
-    special = ["<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>"]
-    count = config.text["vocab_size"] - size - len(special)
-    special += [f"<|reserved_{i}|>" for i in range(count)]
-    tokens = [AddedToken(t, special=True) for t in [*special, config.prompt.image_token]]
-    tokenizer.add_special_tokens(tokens)
-    return str(tokenizer.to_str())
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
+from .llama_directory import (
+    NANO,
+    build_directory,
+    four_tile_config,
+    published_name,
+    write_configs,
+    write_json,
+)
 
 
 @pytest.fixture(scope="module")
