@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -237,6 +238,33 @@ def test_a_captured_run_takes_no_memory_beside_the_first_ones(toy_copy: Path) ->
     opening, first_run = map(int, run.stdout.split())
     assert opening > 30_000_000
     assert first_run < 8_000_000
+
+
+def test_a_copy_that_failed_is_made_again(
+    toy_engine: Path, memory: HostMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = OnnxRuntimeCuda(toy_engine, load_manifest(toy_engine), memory).open("vision")
+    dark, bright = (memory.empty((1, 3, 16, 16), np.dtype(np.float32)) for _ in range(2))
+    memory.write(
+        (dark, np.zeros(dark.shape, np.float32)), (bright, np.ones(dark.shape, np.float32))
+    )
+
+    def states() -> npt.NDArray[Any]:
+        states = session.run({"tower_pixels": dark})["vision_states"]
+        assert isinstance(states, DeviceArray)
+        return memory.to_host(states)
+
+    def fail_behind(*copies: Any) -> None:
+        HostMemory.write(memory, *copies)
+        raise OSError("the card is gone")
+
+    expected = states()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "write", fail_behind)
+        with pytest.raises(BackendRunError, match="is gone"):
+            session.run({"tower_pixels": bright})
+    np.testing.assert_array_equal(states(), expected)
+    session.close()
 
 
 def test_a_closed_session_does_not_run(toy_engine: Path, memory: HostMemory) -> None:

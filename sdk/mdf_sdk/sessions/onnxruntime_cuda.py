@@ -194,11 +194,11 @@ class OnnxRuntimeCudaSession:
         shapes = tuple(inputs[spec.name].shape for spec in self._spec.inputs)
         binding = self._bindings.get(shapes) or self._bind(shapes, graph=len(self._bindings) + 1)
         news = {name: at for name, at in binding.inputs.items() if not at.holds(inputs[name])}
+        for place in (*news.values(), *binding.outputs.values()):
+            place.note(None)
         self._memory.write(*((place.array, inputs[name]) for name, place in news.items()))
         for name, place in news.items():
             place.note(inputs[name])
-        for place in binding.outputs.values():
-            place.note(None)
         self._session.run_with_iobinding(binding.bound, binding.options)
         self._bindings[shapes] = binding
         # The next replay writes over the outputs.
