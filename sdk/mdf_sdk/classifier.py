@@ -283,7 +283,8 @@ class MDFClassifier:
         unet = np.zeros((1, 3, image.unet_px, image.unet_px), np.float32)
         with self._admission.enter():
             tensors = self._image_tensors(tower, unet, _Clock())
-            for length in by_rows.values() if len(by_rows) < len(lengths) else (1,):
+            # The longest first: the memory that it took serves the others.
+            for length in [*by_rows.values()][::-1] if len(by_rows) < len(lengths) else (1,):
                 text = EncodedText((prompt.image_id,) * length, dropped_tokens=0)
                 self._decode(tensors, text, _Clock())
 
