@@ -70,6 +70,7 @@ def run_parity(args: argparse.Namespace) -> int:
     compare = import_extra("mdf_benchmarks.parity.compare", "all")
     page = import_extra("mdf_benchmarks.parity.page", "all")
     from mdf_benchmarks.parity.certificate import save_certificate, seal
+    from mdf_benchmarks.parity.text import format_parity
 
     parity = compare.prove_parity(
         args.engine,
@@ -82,7 +83,7 @@ def run_parity(args: argparse.Namespace) -> int:
         device=args.device,
     )
     document = seal(parity.to_dict(), args.key)
-    print(page.format_parity(document))
+    print(format_parity(document))
     if args.out is not None:
         save_certificate(document, args.out)
         print(f"certificate {args.out}")

@@ -1,4 +1,4 @@
-"""A certificate in; its text for a terminal, and one self-contained HTML page to look at, out."""
+"""A certificate and its photographs in, one HTML page out that needs nothing else."""
 
 import base64
 import io
@@ -11,13 +11,20 @@ from PIL import Image
 
 from mdf_benchmarks.parity.compare import Parity
 from mdf_benchmarks.parity.reference import Reference
+from mdf_benchmarks.parity.text import (
+    Document,
+    describe_check,
+    describe_fault,
+    describe_off,
+    describe_proof,
+    describe_subject,
+)
 from mdf_sdk.errors import StorageError
 from mdf_sdk.manifest import BLOCKS
 from mdf_sdk.preprocessing import crop_square, find_square
 
-Document = Mapping[str, Any]
 _PICTURE_PX = 240
-_MOST_FAULTS = 20
+_MOST_FAULTS = 100
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -43,36 +50,6 @@ summary { cursor: pointer; color: #51606f; }
 """
 
 
-def format_parity(document: Document) -> str:
-    """Lay a certificate out for a terminal: the verdict, every check in a line, every fault."""
-    lines = [f"{document['verdict'].upper()}  {_subject(document)}"]
-    fault = document["first_fault"]
-    if fault is not None:
-        lines.append(f"first at fault: {fault['check']}, {_fault_words(fault)}")
-    lines.append("")
-    lines += [
-        f"{check['name']:14s} {'ok' if check['ok'] else 'FAIL':5s} {describe(check)}"
-        for check in document["checks"]
-    ]
-    faults = [(c["name"], fault) for c in document["checks"] for fault in c["faults"]]
-    if faults:
-        lines += ["", f"{len(faults)} faults:"]
-        lines += [f"  {name}: {_fault_words(fault)}" for name, fault in faults[:_MOST_FAULTS]]
-        if len(faults) > _MOST_FAULTS:
-            lines.append("  ... all are in the certificate")
-    return "\n".join([*lines, "", *_proof(document)])
-
-
-def describe(check: Mapping[str, Any]) -> str:
-    """Say in a line what a check has measured."""
-    results, name = check["results"], check["name"]
-    if not results:
-        return "could not be measured"
-    if name in BLOCKS:
-        return _describe_block(results)
-    return _DESCRIBE[name](results)
-
-
 def save_page(parity: Parity, document: Document, path: Path) -> None:
     """Write the report: plots and photographs are inside, it loads nothing from anywhere.
 
@@ -89,7 +66,7 @@ def save_page(parity: Parity, document: Document, path: Path) -> None:
         _checks_table(document),
         _faults(document),
         "<h2>What these data can prove</h2>",
-        *(f"<p>{escape(line)}</p>" for line in _proof(document)),
+        *(f"<p>{escape(line)}</p>" for line in describe_proof(document)),
     ]
     if measured:
         parts += [_decisions(checks["decisions"]["results"]), _scores(checks["scores"]["results"])]
@@ -111,112 +88,17 @@ def save_page(parity: Parity, document: Document, path: Path) -> None:
         ) from error
 
 
-def _describe_block(results: Mapping[str, Any]) -> str:
-    outputs = results["outputs"]
-    worst = max(outputs, key=lambda name: _rank(outputs[name]["relative_l2"]))
-    words = (
-        f"{results['precision']}: {worst} off by {_small(outputs[worst]['relative_l2'])} "
-        f"of {results['tolerance']:g} allowed"
-    )
-    constants = results["constants"]
-    if constants:
-        total = sum(kind["n"] for kind in constants.values())
-        gain = max((_rank(kind["gain_off_1"]) for kind in constants.values()), default=0.0)
-        words += f"; {total} constants, gains within {_small(gain)} of 1"
-    return words
-
-
-def _describe_preprocessing(r: Mapping[str, Any]) -> str:
-    off = max(_rank(r[name]) for name in ("tower_max_abs", "unet_max_abs", "embeddings_max_abs"))
-    pixels = "bit for bit the same" if off == 0 else f"{_small(off)} at most off"
-    return f"pixels and embeddings {pixels}; tokens of {r['texts']} texts and of all labels"
-
-
-def _describe_golden(r: Mapping[str, Any]) -> str:
-    return (
-        f"what `mdf verify` goes by: {r['cases']} cases off by {_small(r['relative_l2'])} of "
-        f"{r['tolerance']:g} allowed"
-    )
-
-
-def _describe_sensitivity(r: Mapping[str, Any]) -> str:
-    shifts = [
-        f"{name.replace('_', ' ')} {pair['engine_shift_nats']:.3g} "
-        f"({pair['reference_shift_nats']:.3g})"
-        for name, pair in r["controls"].items()
-    ]
-    return f"margins move, in nats, reference's in brackets: {', '.join(shifts)}"
-
-
-def _describe_scores(r: Mapping[str, Any]) -> str:
-    kl, shift = r["kl_nats"]["value"], r["margin_shift_nats"]
-    before, after = (
-        r["calibration"][name]["expected_calibration_error"] for name in ("reference", "engine")
-    )
-    return (
-        f"KL {kl:.2e} nats; margins move by {shift['mean_abs']:.2e} on average, "
-        f"{shift['max_abs']:.2e} at most; calibration error {before:.4f}, then {after:.4f}"
-    )
-
-
-def _describe_decisions(r: Mapping[str, Any]) -> str:
-    proof, difference = r["noninferiority"], r["accuracy_difference"]
-    low, high = difference["newcombe_interval_95"]
-    shown = "shown" if proof["shown"] else "NOT shown"
-    return (
-        f"same label in {r['agreement']['correct']} of {r['agreement']['n']}; accuracy "
-        f"{difference['value']:+.4f} ({low:+.4f} to {high:+.4f}); at most {proof['margin']:g} "
-        f"worse: {shown}, p = {proof['p']:.2g}"
-    )
-
-
-_DESCRIBE: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "preprocessing": _describe_preprocessing,
-    "golden": _describe_golden,
-    "sensitivity": _describe_sensitivity,
-    "scores": _describe_scores,
-    "decisions": _describe_decisions,
-}
-
-
-def _proof(document: Document) -> list[str]:
-    """Say what the data can prove, and what not."""
-    results = document["checks"][-1]["results"]
-    if not results:
-        return ["Nothing of the decisions: there are no scores."]
-    bound, proof = results["flip_bound"], results["noninferiority"]
-    three = (
-        f" (rule of three: 3 / {bound['n']} = {bound['rule_of_three']:.2g})"
-        if bound["rule_of_three"] is not None
-        else ""
-    )
-    lines = [
-        f"Flips: {bound['flips']} in {bound['n']} cases, which bounds their rate at "
-        f"{bound['upper']:.4f}{three}, one-sided, {bound['confidence']:.4g} confidence. Nothing "
-        "smaller can be claimed of these data.",
-        f"A margin of {proof['margin']:g} needs at least {proof['cases_needed_without_flips']} "
-        f"cases even if no label differs; exact McNemar p = {results['mcnemar_p']:.3g}.",
-    ]
-    data = document["data"]
-    if data["patients"] < data["cases"]:
-        lines.append(
-            f"The {data['cases']} cases are of {data['patients']} patients: the margin must also "
-            "hold when whole patients are drawn, and the flip bound takes cases for independent."
-        )
-    return lines
-
-
 def _banner(document: Document) -> str:
     fault = document["first_fault"]
     words = (
-        f"<p>First at fault: <b>{escape(fault['check'])}</b>, {escape(_fault_words(fault))}</p>"
+        f"<p>First at fault: <b>{escape(fault['check'])}</b>, {escape(describe_fault(fault))}</p>"
         if fault is not None
         else ""
     )
     notice = document["engine"]["notice"]
     return (
         f'<div class="verdict {document["verdict"]}"><h1>{document["verdict"].upper()}</h1>'
-        f"<p>{escape(_subject(document))}</p>{words}"
+        f"<p>{escape(describe_subject(document))}</p>{words}"
         + (f'<p class="quiet">{escape(notice)}</p>' if notice else "")
         + "</div>"
     )
@@ -227,7 +109,7 @@ def _checks_table(document: Document) -> str:
         (
             check["name"].replace("_", " "),
             _Raw('<span class="ok">ok</span>' if check["ok"] else '<span class="bad">FAIL</span>'),
-            describe(check),
+            describe_check(check),
         )
         for check in document["checks"]
     ]
@@ -242,7 +124,7 @@ def _faults(document: Document) -> str:
     ]
     if not rows:
         return ""
-    shown = rows[: 5 * _MOST_FAULTS]
+    shown = rows[:_MOST_FAULTS]
     table = _table(("check", "where", "found", "expected"), shown)
     more = f"<p>{len(rows) - len(shown)} more in the certificate.</p>" if shown != rows else ""
     return f"<h2>Faults</h2>{table}{more}"
@@ -344,10 +226,10 @@ def _blocks(checks: Mapping[str, Any]) -> str:
                 block,
                 results["precision"],
                 name,
-                _small(d["relative_l2"]),
+                describe_off(d["relative_l2"]),
                 f"{results['tolerance']:g}",
                 "NaN" if d["cosine"] is None else f"{d['cosine']:.6f}",
-                _small(d["max_abs"]),
+                describe_off(d["max_abs"]),
             )
             for name, d in results["outputs"].items()
         ]
@@ -356,9 +238,9 @@ def _blocks(checks: Mapping[str, Any]) -> str:
                 block,
                 kind,
                 worst["n"],
-                _small(worst["relative_l2"]),
-                _small(worst["gain_off_1"]),
-                _small(worst["spread"]),
+                describe_off(worst["relative_l2"]),
+                describe_off(worst["gain_off_1"]),
+                describe_off(worst["spread"]),
             )
             for kind, worst in results["constants"].items()
         ]
@@ -374,7 +256,7 @@ def _blocks(checks: Mapping[str, Any]) -> str:
 
 def _layers(results: Mapping[str, Any]) -> str:
     def cell(difference: Mapping[str, Any] | None) -> str:
-        return "" if difference is None else _small(difference["relative_l2"])
+        return "" if difference is None else describe_off(difference["relative_l2"])
 
     rows = [
         (x["layer"], cell(x["own"]), cell(x["cross_attention"]), cell(x["stream"]))
@@ -514,27 +396,3 @@ def _table(
         for tag, row in [("th", heads), *(("td", row) for row in rows)]
     ]
     return f"<table>{''.join(lines)}</table>"
-
-
-def _subject(document: Document) -> str:
-    engine, data = document["engine"], document["data"]
-    return (
-        f"{engine['model']} {engine['precision']} on {engine['device']} against its checkpoint "
-        f"{document['reference']['sha256'][:12]} in PyTorch float32, {data['cases']} cases of "
-        f"{data['name']}"
-    )
-
-
-def _fault_words(fault: Mapping[str, Any]) -> str:
-    return f"{fault['where']}: found {fault['found']}, expected {fault['expected']}"
-
-
-def _rank(value: float | None) -> float:
-    """A number to compare: what is not finite, None in JSON, is larger than all."""
-    return float("inf") if value is None else value
-
-
-def _small(value: float | None) -> str:
-    if value is None or value == float("inf"):
-        return "NaN or infinity"
-    return "0" if value == 0 else f"{value:.1e}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mdf_benchmarks.parity.page import format_parity
+from mdf_benchmarks.parity.text import format_parity
 from mdf_sdk.cli import main
 from mdf_sdk.manifest import BLOCKS
 from mdf_training.data.synthetic import SyntheticData
