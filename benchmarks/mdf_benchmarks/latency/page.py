@@ -1,9 +1,9 @@
 """A benchmark's report in, one HTML page out that needs nothing else: plots inside, print-ready."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from typing import Any
 
+from mdf_benchmarks.html import Markup, fill, to_document, to_note, to_section, to_table
 from mdf_benchmarks.latency import plots
 from mdf_benchmarks.latency.text import (
     KIND_NAMES,
@@ -13,31 +13,6 @@ from mdf_benchmarks.latency.text import (
     describe_peer,
 )
 
-_CSS = """
-body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #222;
-  background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .2rem; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .4rem; }
-p { margin: .3rem 0; }
-.soft { color: #5b6673; }
-.notice { border-left: 4px solid #d9822b; background: #fdf4e7; padding: .5rem .8rem;
-  margin: .8rem 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.6rem, 1fr));
-  gap: .5rem; margin: 1rem 0; }
-.figures div { border: 1px solid #d7dde3; border-radius: 6px; padding: .5rem .6rem; }
-.figures b { display: block; font-size: 1.15rem; white-space: nowrap; }
-.figures span { display: block; font-size: .78rem; line-height: 1.35; color: #5b6673; }
-table { border-collapse: collapse; width: 100%; font-size: .84rem; margin: .5rem 0; }
-th, td { text-align: right; padding: .22rem .45rem; border-bottom: 1px solid #e3e8ed; }
-td { white-space: nowrap; }
-th { font-weight: 600; color: #5b6673; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-.words th:nth-child(2), .words td:nth-child(2) { text-align: left; white-space: normal; }
-svg { width: 100%; height: auto; display: block; }
-section { break-inside: avoid; }
-@media print { body { margin: 0; max-width: none; font-size: 12px; } }
-"""
-
 
 def format_page(report: Mapping[str, Any]) -> str:
     """Write the page.
@@ -46,46 +21,24 @@ def format_page(report: Mapping[str, Any]) -> str:
         MissingExtraError: matplotlib is not installed.
     """
     name = f"{report['model']} {report['precision']}"
-    parts = [
-        f"<h1>{escape(name)} on {escape(report['card'])}</h1>",
-        f'<p class="soft">{escape(report["backend"])} on {escape(report["device"])}, '
-        f"{escape(report['date'])}, mdf benchmark</p>",
-        f'<p class="notice"><b>{escape(report["notice"])}</b></p>' if report["notice"] else "",
+    return to_document(
+        f"{name}: benchmark",
+        fill("<h1>{}</h1>", f"{name} on {report['card']}"),
+        to_note(f"{report['backend']} on {report['device']}, {report['date']}, mdf benchmark"),
+        fill('<p class="banner warn"><b>{}</b></p>', report["notice"]) if report["notice"] else "",
         _figures(report),
-        _section("Latency", plots.plot_distribution(report), _latency(report)),
-        _section("Stages of a new photograph", plots.plot_waterfall(report), _stages(report)),
-        _section("Distance to the floor", *_floor(report)),
-        _section("Rivals", *_peers(report)) if report["peers"] else "",
-        _section("Memory over time", plots.plot_memory(report), _memory(report)),
-        _section("Batches and callers", plots.plot_sweeps(report), _sweeps(report)),
-        _section("Machine", _machine(report)),
-        _section("How it was measured", _method(report)),
-    ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(name)}: benchmark</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
+        to_section("Latency", plots.plot_distribution(report), _latency(report)),
+        to_section("Stages of a new photograph", plots.plot_waterfall(report), _stages(report)),
+        to_section("Distance to the floor", *_floor(report)),
+        to_section("Rivals", *_peers(report)) if report["peers"] else "",
+        to_section("Memory over time", plots.plot_memory(report), _memory(report)),
+        to_section("Batches and callers", plots.plot_sweeps(report), _sweeps(report)),
+        to_section("Machine", _machine(report)),
+        to_section("How it was measured", *_method(report)),
     )
 
 
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{title}</h2>\n" + "\n".join(parts) + "\n</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, words: bool = False) -> str:
-    """Lay out a table; `words` lets the second column be long."""
-
-    def cells(tag: str, row: Sequence[object]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
-
-    kind = ' class="words"' if words else ""
-    lines = [cells("th", head), *(cells("td", row) for row in rows)]
-    return f"<table{kind}>" + "\n".join(lines) + "</table>"
-
-
-def _figures(report: Mapping[str, Any]) -> str:
+def _figures(report: Mapping[str, Any]) -> Markup:
     new, kept = (report["latency"][kind] for kind in KIND_NAMES)
     memory = report["memory"]
     where = "host" if report["device"] == "cpu" else "device"
@@ -102,8 +55,8 @@ def _figures(report: Mapping[str, Any]) -> str:
         (describe_bytes(memory[f"peak_{where}_bytes"]), f"peak {where} memory"),
         (f"{report['cold_start']['total_ms'] / 1e3:.1f} s", "process start to first answer"),
     ]
-    tiles = "".join(f"<div><b>{escape(b)}</b><span>{escape(s)}</span></div>" for b, s in shown)
-    return f'<div class="figures">{tiles}</div>'
+    tiles = "".join(fill("<div><b>{}</b><span>{}</span></div>", *tile) for tile in shown)
+    return fill('<div class="tiles">{}</div>', Markup(tiles))
 
 
 _TIMES = ("ms", "min", "mean", "p50", "95 % interval", "p90", "p95", "p99", "95 % interval", "n")
@@ -120,7 +73,7 @@ def _times_row(name: str, times: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _latency(report: Mapping[str, Any]) -> str:
+def _latency(report: Mapping[str, Any]) -> Markup:
     rows = []
     for kind, name in KIND_NAMES.items():
         times = report["latency"][kind]
@@ -131,17 +84,17 @@ def _latency(report: Mapping[str, Any]) -> str:
     rows.append(
         _times_row("the machine's own pace: the same plain work, each turn", report["pace"])
     )
-    return _table(_TIMES, rows)
+    return to_table(_TIMES, rows)
 
 
-def _stages(report: Mapping[str, Any]) -> str:
+def _stages(report: Mapping[str, Any]) -> Markup:
     stages = report["stages"]["new_image"]
-    return _table(_TIMES, [_times_row(name, times) for name, times in stages.items()])
+    return to_table(_TIMES, [_times_row(name, times) for name, times in stages.items()])
 
 
 def _floor(report: Mapping[str, Any]) -> list[str]:
-    floor, parts = report["floor"], []
-    rates = floor["rates"]
+    floor, rates = report["floor"], report["floor"]["rates"]
+    parts: list[str] = []
     if floor["total"] is not None:
         parts.append(plots.plot_floor(report))
         rows = [
@@ -170,22 +123,23 @@ def _floor(report: Mapping[str, Any]) -> list[str]:
             "p50, ms",
             "p50 / floor",
         )
-        parts.append(_table(head, rows))
+        parts.append(to_table(head, rows, words=(0, 5)))
         parts.append(
-            f'<p class="soft">In this run the machine copied '
-            f"{rates['copy_bytes_per_s'] / 1e9:.1f} GB/s and multiplied "
-            f"{rates['product_flop_per_s'] / 1e12:.2f} TFLOP/s in {rates['product_type']} "
-            f"({escape(rates['measured_by'])}). Operations and bytes are counted from the blocks' "
-            "graphs: products, convolutions and attentions; stored weights, inputs and outputs, "
-            "each once.</p>"
+            to_note(
+                f"In this run the machine copied {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s and "
+                f"multiplied {rates['product_flop_per_s'] / 1e12:.2f} TFLOP/s in "
+                f"{rates['product_type']} ({rates['measured_by']}). Operations and bytes are "
+                "counted from the blocks' graphs: products, convolutions and attentions; stored "
+                "weights, inputs and outputs, each once."
+            )
         )
     if floor["reason"]:
-        parts.append(f"<p>No floor: {escape(floor['reason'])}</p>")
+        parts.append(f"No floor: {floor['reason']}")
     return parts
 
 
 def _peers(report: Mapping[str, Any]) -> list[str]:
-    parts = []
+    parts: list[str] = []
     if any(peer["status"] == "ok" for peer in report["peers"]):
         parts.append(plots.plot_peers(report))
     rows: list[list[str]] = []
@@ -211,16 +165,18 @@ def _peers(report: Mapping[str, Any]) -> list[str]:
         "peak memory",
         "load",
     )
-    parts.append(_table(head, rows, words=True))
+    parts.append(to_table(head, rows, words=(0, 1)))
     parts.append(
-        '<p class="soft">Each in a process of its own, same photograph and text; medians, '
-        "preparing the photograph left out of both. Memory is the card's where there is one: what "
-        "PyTorch's allocator holds, without CUDA's own.</p>"
+        to_note(
+            "Each in a process of its own, same photograph and text; medians, preparing the "
+            "photograph left out of both. Memory is the card's where there is one: what PyTorch's "
+            "allocator holds, without CUDA's own."
+        )
     )
     return parts
 
 
-def _memory(report: Mapping[str, Any]) -> str:
+def _memory(report: Mapping[str, Any]) -> Markup:
     memory = report["memory"]
     wheres = ("host",) if report["device"] == "cpu" else ("host", "device")
     rows = [
@@ -232,10 +188,10 @@ def _memory(report: Mapping[str, Any]) -> str:
         ]
         for where in wheres
     ]
-    return _table(("", "steady", "peak, single calls", "peak, after all sweeps"), rows)
+    return to_table(("", "steady", "peak, single calls", "peak, after all sweeps"), rows)
 
 
-def _sweeps(report: Mapping[str, Any]) -> str:
+def _sweeps(report: Mapping[str, Any]) -> Markup:
     rows = [
         [
             f"batch of {e['batch']}"
@@ -248,10 +204,10 @@ def _sweeps(report: Mapping[str, Any]) -> str:
         ]
         for e in (*report["batches"], *report["callers"])
     ]
-    return _table(("", "p50 of a call, ms", "p99, ms", "predictions per s", "calls"), rows)
+    return to_table(("", "p50 of a call, ms", "p99, ms", "predictions per s", "calls"), rows)
 
 
-def _machine(report: Mapping[str, Any]) -> str:
+def _machine(report: Mapping[str, Any]) -> Markup:
     machine, card, state = report["machine"], report["machine"]["card"], report["card_state"]
     rows = [
         ("processor", f"{machine['cpu']}, {machine['cores']} cores"),
@@ -284,15 +240,15 @@ def _machine(report: Mapping[str, Any]) -> str:
                 + ", ".join(state["throttled_by"]),
             ),
         ]
-    return _table(("", ""), rows, words=True)
+    return to_table(("", ""), rows, words=(0, 1))
 
 
 _SINGLE_STREAM = "MLPerf's single stream: at least 1,024 calls, and 60 s, of new photographs"
 
 
-def _method(report: Mapping[str, Any]) -> str:
+def _method(report: Mapping[str, Any]) -> list[str]:
     cold = report["cold_start"]
-    lines = [
+    return [
         f"{'A quick run' if report['quick'] else _SINGLE_STREAM}. {report['policy']}.",
         "Percentiles by nearest rank. Intervals of 95 % from order statistics, no distribution "
         "assumed; that of a median rests on the medians of the rounds, so that it is as wide as "
@@ -305,4 +261,3 @@ def _method(report: Mapping[str, Any]) -> str:
         f"{cold['first_prediction_ms']:.0f}; the median of {cold['runs']}.",
         f"Engine: manifest {report['manifest_sha256']}.",
     ]
-    return "\n".join(f"<p>{escape(line)}</p>" for line in lines)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,36 +12,8 @@ from mdf_sdk.cli import main
 from mdf_sdk.manifest import BLOCKS
 from mdf_training.data.synthetic import SyntheticData
 
+from ..pages import Page  # noqa: TID252 - tests are no installed package
 from .conftest import DATA, Planter, make_keys
-
-VOID = {"meta", "br", "img"}
-
-
-class Page(HTMLParser):
-    """What a browser would load, and whether every element is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.counts: dict[str, int] = {}
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        for name, value in attrs:
-            if name in ("src", "href", "xlink:href") and value:
-                self.sources.append(value)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 @pytest.fixture
@@ -71,10 +42,9 @@ def test_the_command_measures_certifies_and_signs(
 
     html = page.read_text(encoding="utf-8")
     parsed = Page(html)
-    assert parsed.open == []
-    assert parsed.counts["img"] == 10
-    assert parsed.counts["svg"] == 2
-    assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in parsed.sources)
+    parsed.check_whole()
+    assert parsed.tags["img"] == 10
+    assert parsed.tags["svg"] == 2
     assert "PASS" in html
     for word in (*BLOCKS, document["sha256"], document["engine"]["manifest_sha256"]):
         assert word in html
@@ -101,9 +71,8 @@ def test_a_fault_is_in_the_exit_code_the_text_and_the_page(
     assert "first at fault: fusion, /fusion/fusion.2/q_proj/weight" in printed
     fault = json.loads(printed.splitlines()[-1])["first_fault"]
     assert fault["check"] == "fusion"
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert Page(page).open == []
-    assert "/fusion/fusion.2/q_proj/weight" in page
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "/fusion/fusion.2/q_proj/weight" in page.words
 
 
 def test_too_few_cases_say_how_many_are_needed(
