@@ -193,7 +193,7 @@ def _normalize(
 
 
 def _empty_pixels(*sides_px: int) -> list[Pixels]:
-    """Pieces of one array: numpy asks for large pages from 4 MB on, and small ones cost 2 ms."""
+    """Pieces of one array: from 4 MB on numpy asks for large pages, which come quicker."""
     sizes = [3 * side_px**2 for side_px in sides_px]
     pieces = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
     return [x.reshape(3, px, px) for x, px in zip(pieces, sides_px, strict=True)]
