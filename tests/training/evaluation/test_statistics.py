@@ -75,6 +75,18 @@ def test_a_mean_has_the_interval_of_the_normal_law() -> None:
     half = 1.96 * values.std() / 20
     assert mean.value == pytest.approx(values.mean())
     assert mean.interval_95 == pytest.approx((mean.value - half, mean.value + half), abs=0.02)
+    assert mean == estimate_mean(values, range(400))
+
+
+def test_two_eyes_of_a_patient_do_not_make_a_mean_surer() -> None:
+    values = np.random.default_rng(5).normal(3.0, 1.0, 100)
+    eyes, patients = values.repeat(2), np.arange(100).repeat(2)
+    once, paired, strangers = (
+        np.array(estimate_mean(*of).interval_95)
+        for of in ((values, range(100)), (eyes, patients.tolist()), (eyes, range(200)))
+    )
+    assert paired == pytest.approx(once)
+    assert np.ptp(paired) > 1.2 * np.ptp(strangers)
 
 
 def test_no_draw_lacks_a_stratum() -> None:
@@ -233,3 +245,9 @@ def test_a_divergence_is_never_negative(values: list[float], temperature: float)
     scores = np.array(values, np.float32).reshape(2, 3)
     first, second = log_probabilities(scores, temperature)
     assert kl_divergences(first[None], second[None])[0] >= -1e-12
+
+
+def test_a_model_that_is_right_as_often_as_it_says_is_calibrated() -> None:
+    sure, truth = np.tile([[0.8, 0.2]], (100, 1)), np.tile([0, 0, 0, 0, 1], 20)
+    assert expected_calibration_error(sure, truth) == pytest.approx(0, abs=1e-9)
+    assert expected_calibration_error(sure, np.ones(100, np.int64)) == pytest.approx(0.8)

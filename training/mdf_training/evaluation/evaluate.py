@@ -27,9 +27,9 @@ from mdf_training.evaluation.statistics import (
     Int64,
     Proportion,
     balanced_accuracy_difference,
-    bootstrap_interval,
     brier_score,
     estimate_balanced_accuracy,
+    estimate_mean,
     expected_calibration_error,
     log_probabilities,
     negative_log_likelihood,
@@ -341,14 +341,14 @@ def _summarize_dice(overlaps: Sequence[_Overlap]) -> dict[str, Any]:
     report = {}
     for kind in dict.fromkeys(o.kind for o in overlaps):
         of_kind = [o for o in overlaps if o.kind == kind]
-        shown = [(o.dice, o.patient) for o in of_kind if o.dice is not None]
+        shown = [o for o in of_kind if o.dice is not None]
         empty = [o.left_empty for o in of_kind if o.dice is None]
-        values = np.array([dice for dice, _ in shown])
+        mean: dict[str, Any] = {"value": None, "interval_95": None}
+        if shown:
+            values = np.array([o.dice for o in shown], np.float64)
+            mean = estimate_mean(values, [o.patient for o in shown]).to_dict()
         report[kind] = {
-            "value": float(values.mean()) if shown else None,
-            "interval_95": list(bootstrap_interval(values, np.mean, [p for _, p in shown]))
-            if shown
-            else None,
+            **mean,
             "n": len(shown),
             "n_empty": len(empty),
             "left_empty": sum(empty),

@@ -127,8 +127,8 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def estimate_mean(values: Float64, groups: Sequence[Any]) -> Estimate:
-    """Average of (N,) over cases, with its bootstrap interval; groups (N,), the patients."""
+def estimate_mean(values: Float64, groups: Sequence[Any] | None = None) -> Estimate:
+    """Average of (N,) over cases, with its bootstrap interval; groups as `bootstrap_interval`'s."""
     return Estimate(float(values.mean()), bootstrap_interval(values, np.mean, groups))
 
 
@@ -187,10 +187,11 @@ def paired_difference(
         groups: (N,), the patients; every case a patient of its own when left out.
     """
     difference = correct_a.astype(np.float64) - correct_b
+    mean = estimate_mean(difference, groups)
     only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
     return PairedDifference(
-        value=float(difference.mean()),
-        interval_95=bootstrap_interval(difference, np.mean, groups),
+        value=mean.value,
+        interval_95=mean.interval_95,
         only_a=only_a,
         only_b=only_b,
         n=len(difference),
