@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mdf_export.blocks import check_given
+from mdf_export.blocks.source import check_given
 from mdf_export.gptq import Hessian, gptq
 from mdf_export.quantize import BITS, QuantizedWeight, pack_int4, unpack_int4
 from mdf_export.recipe import ExportRecipe

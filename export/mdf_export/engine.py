@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from mdf_export.blocks import BlockSource, build_block, read_spec
+from mdf_export.blocks import build_block, read_spec
+from mdf_export.blocks.source import BlockSource
 from mdf_export.calibration import QuantizedStore, calibrate
 from mdf_export.golden import save_golden
 from mdf_export.gptq_checkpoint import GptqCheckpoint

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mdf_export.blocks import FEATURES
+from mdf_export.blocks.unet import FEATURES
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.preprocessing import to_pixels
 from mdf_training.data.synthetic import SyntheticData

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mdf_export.blocks import BlockSource, build_block, read_spec
+from mdf_export.blocks import build_block, read_spec
+from mdf_export.blocks.source import BlockSource
 from mdf_export.recipe import QUANTIZED_BLOCKS, ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import StorageError

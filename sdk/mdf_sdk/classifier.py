@@ -284,7 +284,7 @@ class MDFClassifier:
         with self._admission.enter():
             tensors = self._image_tensors(tower, unet, _Clock())
             # The longest first: the memory that it took serves the others.
-            for length in [*by_rows.values()][::-1] if len(by_rows) < len(lengths) else (1,):
+            for length in reversed(by_rows.values()) if len(by_rows) < len(lengths) else (1,):
                 text = EncodedText((prompt.image_id,) * length, dropped_tokens=0)
                 self._decode(tensors, text, _Clock())
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mdf_export import build_engine
-from mdf_export.blocks import BlockSource, build_block, read_spec
+from mdf_export.blocks import build_block, read_spec
+from mdf_export.blocks.source import BlockSource
 from mdf_export.calibration import QuantizedStore, calibrate
 from mdf_export.golden import reference_tensors
 from mdf_export.recipe import ExportRecipe

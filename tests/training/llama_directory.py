@@ -1,7 +1,7 @@
 """A preset in, a directory like that of Llama-3.2-11B-Vision-Instruct out, with random weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ def build_directory(
     *,
     shards: int = 2,
     published: bool = True,
-    device: str = "cpu",
 ) -> Path:
     """Write a directory like that of Llama-3.2-11B-Vision-Instruct, random weights in bfloat16.
 
@@ -52,24 +51,56 @@ def build_directory(
     it is 21.4 GB, and memory holds one shard.
     """
     folder.mkdir()
-    mllama = four_tile_config(config)
-    with torch.device("meta"):
-        state = MllamaForConditionalGeneration(mllama).state_dict()
-    names = list(state)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     index = {}
-    for number in range(shards):
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        tensors = {}
-        for name in names[number * len(names) // shards : (number + 1) * len(names) // shards]:
-            stored = published_name(name) if published else name
-            values = torch.empty(state[name].shape, dtype=torch.bfloat16, device=device)
-            tensors[stored] = values.normal_(0, 0.1, generator=generator).cpu()
-            index[stored] = file
+    for file, shapes in cut_into_shards(config, shards):
+        tensors = {
+            published_name(name) if published else name: torch.empty(
+                shape, dtype=torch.bfloat16
+            ).normal_(0, 0.1, generator=generator)
+            for name, shape in shapes.items()
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+        index |= dict.fromkeys(tensors, file)
+    write_index(folder, index)
     write_configs(folder, config)
     return folder
+
+
+def build_hollow_directory(folder: Path, config: ModelConfig, shards: int) -> dict[str, str]:
+    """Write the same, of which the disk holds the headers alone; return the file of each tensor."""
+    index = {}
+    for file, shapes in cut_into_shards(config, shards):
+        header, size = {}, 0
+        for name, shape in shapes.items():
+            end = size + 2 * shape.numel()
+            tensor = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, end]}
+            header[published_name(name)], size = tensor, end
+        content = json.dumps(header).encode()
+        with (folder / file).open("wb") as shard:
+            shard.write(len(content).to_bytes(8, "little") + content)
+            shard.truncate(shard.tell() + size)
+        index |= dict.fromkeys(header, file)
+    write_index(folder, index)
+    write_configs(folder, config)
+    return index
+
+
+def cut_into_shards(
+    config: ModelConfig, shards: int
+) -> Iterator[tuple[str, dict[str, torch.Size]]]:
+    """Yield each file's name, and its tensors' shapes by transformers' names."""
+    with torch.device("meta"):
+        state = MllamaForConditionalGeneration(four_tile_config(config)).state_dict()
+    names = list(state)
+    for number in range(shards):
+        own = names[number * len(names) // shards : (number + 1) * len(names) // shards]
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        yield file, {name: state[name].shape for name in own}
+
+
+def write_index(folder: Path, index: Mapping[str, str]) -> None:
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
 
 
 def write_configs(folder: Path, config: ModelConfig) -> None:

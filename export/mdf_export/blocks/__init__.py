@@ -11,14 +11,12 @@ import onnx
 from mdf_export.activations import activation_bytes, longest_dimensions
 from mdf_export.blocks.decoder import build_decoder
 from mdf_export.blocks.fusion import build_fusion
-from mdf_export.blocks.source import BlockSource, check_given
-from mdf_export.blocks.unet import FEATURES, build_unet_decoder, build_unet_encoder
+from mdf_export.blocks.source import BlockSource
+from mdf_export.blocks.unet import build_unet_decoder, build_unet_encoder
 from mdf_export.blocks.vision import build_vision
 from mdf_export.parts import tensor_specs
 from mdf_sdk.manifest import BlockSpec, Precision
 from mdf_sdk.prompt import PromptEncoder
-
-__all__ = ["FEATURES", "BlockSource", "build_block", "check_given", "read_spec"]
 
 
 def build_block(name: str, source: BlockSource, folder: Path | None) -> int:

@@ -20,7 +20,8 @@ from onnx import TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor
 from torch import Tensor, nn
 
-from mdf_export.blocks import BlockSource, build_block
+from mdf_export.blocks import build_block
+from mdf_export.blocks.source import BlockSource
 from mdf_export.graph import FloatType, GraphBuilder, Weight
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
