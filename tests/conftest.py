@@ -1,5 +1,7 @@
 """Session fixtures: one tiny real checkpoint, and the real engine made from it."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +75,23 @@ def int4_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return engine
 
 
+@pytest.fixture(scope="session")
+def skip_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with two skips that ask: its layers read 64 and 37 states in turn."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "skip"
+    return with_fusion(tiny_checkpoint, folder, query="skip", depths=[0, 2])
+
+
+@pytest.fixture(scope="session")
+def skip_engine(skip_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint whose skips ask, exported in fp32."""
+    from mdf_export import build_engine
+
+    engine = tmp_path_factory.mktemp("engines") / "skip"
+    build_engine(skip_checkpoint, engine, "fp32")
+    return engine
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _torch_threads() -> Iterator[None]:
     """Two threads fighting over a shared core wait for each other; the models here are tiny."""
@@ -83,6 +102,15 @@ def _torch_threads() -> Iterator[None]:
         return
     torch.set_num_threads(1)
     yield
+
+
+def with_fusion(checkpoint: Path, folder: Path, **fields: object) -> Path:
+    """Copy a checkpoint, its weights as they are, and change fields of its FusionConfig."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["fusion"] |= fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def open_gates(model: "object") -> None:

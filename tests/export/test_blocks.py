@@ -1,8 +1,6 @@
 """mdf_export.blocks: every graph, run by ONNX Runtime, is the PyTorch model."""
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +10,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from tests.conftest import with_fusion
 
-from mdf_export import build_engine
 from mdf_export.blocks import build_block, read_spec
 from mdf_export.blocks.source import BlockSource
 from mdf_export.calibration import QuantizedStore, calibrate
 from mdf_export.golden import reference_tensors
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
-from mdf_sdk.errors import CheckpointError
 from mdf_sdk.manifest import BLOCKS, BlockSpec
 from mdf_training.checkpoint import load_checkpoint, save_checkpoint
 from mdf_training.data.synthetic import SyntheticData
@@ -122,39 +119,39 @@ def test_a_block_gives_what_pytorch_gives(
         assert error <= TOLERANCE[spec.precision], name
 
 
-@pytest.fixture
-def unfused(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """The tiny checkpoint with its fusion and FiLM switched off, their weights as random."""
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "unfused")
-    config = json.loads((folder / "config.json").read_text())
-    config["fusion"] |= {"depths": [], "film": False}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_an_engine_without_fusion_is_the_pytorch_model_without_it(
-    unfused: Path, tmp_path: Path, references: dict[str, Tensors], precision: str
+@pytest.mark.parametrize(
+    ("fusion", "rows", "precision"),
+    [
+        ({"depths": [], "film": False}, [37, 37, 37, 37], "fp32"),
+        ({"depths": [], "film": False}, [37, 37, 37, 37], "fp16"),
+        ({"query": "skip"}, [64, 64, 64, 64], "int4"),
+        ({"query": "skip", "depths": [0, 2]}, [64, 37, 64, 37], "fp32"),
+        ({"query": "skip", "depths": [0, 2]}, [64, 37, 64, 37], "int4"),
+    ],
+    ids=str,
+)
+def test_an_engine_of_another_fusion_is_the_pytorch_model_of_it(
+    fusion: dict[str, object],
+    rows: list[int],
+    precision: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    references: dict[str, Tensors],
 ) -> None:
     images, texts = CASES["batch"]
     data = SyntheticData(5, 77)
-    checkpoint = StreamedCheckpoint.open(unfused)
+    variant = with_fusion(tiny_checkpoint, tmp_path / "variant", **fusion)
+    checkpoint = StreamedCheckpoint.open(variant)
     tensors = reference_tensors(checkpoint, [data[i].image for i in images], texts)
-    engine = build_engine(unfused, tmp_path / "engine", precision)
+    assert [tensors[f"cross_key_{layer}"].shape[1] for layer in (1, 3, 5, 7)] == rows
+    built = build(checkpoint, tmp_path, RECIPES[precision])
     for name in BLOCKS:
-        for output, value in run_block(tmp_path / "engine", engine.blocks[name], tensors).items():
+        for output, value in run_block(tmp_path, built.specs[name], tensors).items():
+            assert value.shape == tensors[output].shape
             error = np.linalg.norm(value - tensors[output]) / np.linalg.norm(tensors[output])
-            assert error < TOLERANCE[precision], (name, output)
+            assert error < TOLERANCE[built.specs[name].precision], (name, output)
     assert not np.allclose(tensors["scores"], references["batch"]["scores"], atol=1e-3)
     assert not np.allclose(tensors["mask"], references["batch"]["mask"], atol=1e-3)
-
-
-def test_no_engine_is_built_of_a_model_whose_skips_ask(unfused: Path, tmp_path: Path) -> None:
-    config = json.loads((unfused / "config.json").read_text())
-    config["fusion"] |= {"depths": [0, 1, 2, 3], "query": "skip"}
-    (unfused / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="query: found 'skip', expected 'vision'"):
-        build_engine(unfused, tmp_path / "engine", "fp32")
 
 
 def test_the_tolerances_can_fail(

@@ -38,8 +38,9 @@ from mdf_training.data.synthetic import SyntheticData
 from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
 
 
-def test_an_engine_scores_as_its_checkpoint_does(tiny_checkpoint: Path, tiny_engine: Path) -> None:
-    scorer = CheckpointScorer.open(tiny_checkpoint)
+@pytest.mark.parametrize("kind", ["tiny", "skip"])
+def test_an_engine_scores_as_its_checkpoint_does(kind: str, request: pytest.FixtureRequest) -> None:
+    scorer = CheckpointScorer.open(request.getfixturevalue(f"{kind}_checkpoint"))
     data = SyntheticData(4, 11)
     cases = [PixelSet(data, scorer.image, ())[i] for i in range(4)]
     tower, unet = (
@@ -47,18 +48,25 @@ def test_an_engine_scores_as_its_checkpoint_does(tiny_checkpoint: Path, tiny_eng
         np.stack([c.unet_pixels for c in cases]),
     )
     texts = [c.row.text for c in cases]
-    with MDFClassifier(tiny_engine) as classifier:
-        np.testing.assert_allclose(
-            classifier.score(tower, unet, texts), scorer.score(tower, unet, texts), atol=1e-4
-        )
+    expected = scorer.score(tower, unet, texts)
+    with MDFClassifier(request.getfixturevalue(f"{kind}_engine")) as classifier:
+        np.testing.assert_allclose(classifier.score(tower, unet, texts), expected, atol=1e-4)
+        predictions = [classifier.predict(data[i].image, text) for i, text in enumerate(texts)]
+        found = [list(prediction.scores.values()) for prediction in predictions]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
         np.testing.assert_allclose(
             classifier.text_only_scores(texts), scorer.text_only_scores(texts), atol=1e-4
         )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
-def test_a_fresh_engine_verifies(tiny_checkpoint: Path, tmp_path: Path, precision: str) -> None:
-    build_engine(tiny_checkpoint, tmp_path / "engine", precision)
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("tiny", "fp32"), ("tiny", "fp16"), ("tiny", "int8"), ("tiny", "int4"), ("skip", "int4")],
+)
+def test_a_fresh_engine_verifies(
+    kind: str, precision: Precision, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    build_engine(request.getfixturevalue(f"{kind}_checkpoint"), tmp_path / "engine", precision)
     report = verify_engine(tmp_path / "engine")
     assert report.ok, report
 
@@ -299,11 +307,13 @@ def test_a_target_that_cannot_be_built_is_told_before_anything_is_written(
     assert files_below(tmp_path) == []
 
 
-def test_an_engine_is_exported_with_its_plans(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    recipe = ExportRecipe("int4", method="rtn")
-    manifest = build_engine(
-        tiny_checkpoint, tmp_path / "engine", recipe, targets=("onnx", "tensorrt-rtx")
-    )
+@pytest.mark.parametrize("kind", ["tiny", "skip"])
+def test_an_engine_is_exported_with_its_plans(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
+    recipe, targets = ExportRecipe("int4", method="rtn"), ("onnx", "tensorrt-rtx")
+    manifest = build_engine(checkpoint, tmp_path / "engine", recipe, targets=targets)
     assert {plan.block for plan in manifest.plans} == set(BLOCKS)
     assert load_manifest(tmp_path / "engine") == manifest
     assert verify_engine(tmp_path / "engine").ok

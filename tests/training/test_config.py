@@ -62,6 +62,17 @@ def test_json_gives_the_same_config(preset: str) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_where_a_skip_asks_a_layer_reads_as_many_states_as_the_skip_has_patches() -> None:
+    config = load_preset("smol-135m")
+    tower = dict.fromkeys((3, 9, 15, 21, 27, 33), 16 * 16 + 1)
+    assert config.state_rows() == tower
+    skip = dataclasses.replace(config.fusion, query="skip", depths=(0, 2))
+    asking = dataclasses.replace(config, fusion=skip).state_rows()
+    assert asking == tower | {3: 12 * 12, 21: 12 * 12}
+    silent = dataclasses.replace(config, fusion=dataclasses.replace(skip, alpha=0.0))
+    assert silent.state_rows() == tower
+
+
 def test_a_config_from_before_the_variants_fuses_every_skip_both_ways() -> None:
     values = load_preset("nano").to_dict()
     for name in ("depths", "film", "query"):

@@ -189,6 +189,9 @@ def test_a_skip_that_asks_goes_on_with_its_patches(checkpoint: Checkpoint) -> No
     lengths = [image.states[layer].shape[1] for layer in layers]
     vision = image.vision_states.shape[1]
     assert lengths == [grid * grid, vision, grid * grid, vision]
+    skip = dataclasses.replace(checkpoint.config.fusion, query="skip", depths=(0, 2))
+    config = dataclasses.replace(checkpoint.config, fusion=skip)
+    assert dict(zip(layers, lengths, strict=True)) == config.state_rows()
     assert not torch.allclose(output.scores, vision_asks.scores, atol=1e-4)
 
 

@@ -114,6 +114,20 @@ class ModelConfig:
     cross_gate: float = 0.0
     temperature: float = 1.0
 
+    @property
+    def vision_rows(self) -> int:
+        """Rows of the vision states: the tower's patches and its class token."""
+        side: int = self.vision["image_size"] // self.vision["patch_size"]
+        return side**2 + 1
+
+    def state_rows(self) -> dict[int, int]:
+        """Return how many states each cross-attention layer reads: vision's, or a skip's."""
+        rows = dict.fromkeys(self.text["cross_attention_layers"], self.vision_rows)
+        fusion = self.fusion
+        if fusion.query == "skip" and fusion.alpha:
+            rows |= {fusion.layers[depth]: fusion.grid**2 for depth in fusion.depths}
+        return rows
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` is the inverse."""
         return dataclasses.asdict(self)

@@ -24,6 +24,7 @@ from mdf_benchmarks.parity.inputs import (
     engine_pixels,
 )
 from mdf_benchmarks.parity.reference import Reference, open_cases, run_reference
+from mdf_export.proof.differences import key_rows
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk import MDFClassifier
 from mdf_sdk.engine import Engine
@@ -200,6 +201,7 @@ def check_same_model(engine_dir: Path, manifest: Manifest, config: ModelConfig) 
             (manifest.image.tower_px, manifest.image.unet_px),
             (config.image.tower_px, config.image.unet_px),
         ),
+        "rows of cross-attention keys": (key_rows(manifest), tuple(config.state_rows().values())),
     }
     for name, (found, expected) in pairs.items():
         if found != expected:

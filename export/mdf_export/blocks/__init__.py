@@ -1,7 +1,7 @@
 """A streamed checkpoint in, the five blocks of an engine out, one ONNX graph each.
 
 Dimensions in the graphs: B batch, T fed tokens (all but the constant prefix), S prefix and fed
-tokens, V vision tokens, D width, K labels.
+tokens, V vision tokens, R states that a cross-attention layer reads, D width, K labels.
 """
 
 from pathlib import Path

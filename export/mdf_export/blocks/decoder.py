@@ -29,7 +29,7 @@ def build_decoder(source: BlockSource, encoder: PromptEncoder, folder: Path | No
     width, prefix = config.text["hidden_size"], len(encoder.prefix_ids)
     heads, kv_heads = config.text["num_attention_heads"], config.text["num_key_value_heads"]
     kv_width = width // heads * kv_heads
-    patches = checkpoint.model.backbone.model.vision_model.num_patches
+    rows = config.state_rows()
     constants = _prefix_keys_values(checkpoint, encoder)
     longest = prefix + 1 + config.prompt.max_text_tokens + len(encoder.suffix_ids)
     # ONNX Runtime wants as many rows as there are tokens, though labels share their positions.
@@ -86,7 +86,7 @@ def build_decoder(source: BlockSource, encoder: PromptEncoder, folder: Path | No
                         q = g.linear(h, "q_proj", attention.q_proj)
                         q = g.head_norm(q, norm.weight, norm.variance_epsilon)
                         k, v = (
-                            g.input(f"cross_{kind}_{index}", ("B", patches, kv_width))
+                            g.input(f"cross_{kind}_{index}", ("B", rows[index], kv_width))
                             for kind in ("key", "value")
                         )
                         h = g.attention(q, k, v, heads, kv_heads)

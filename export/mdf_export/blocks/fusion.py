@@ -7,21 +7,19 @@ from mdf_export.blocks.layers import embed_patches, layer_norm
 from mdf_export.blocks.source import BlockSource
 from mdf_export.blocks.unet import SKIPS
 from mdf_export.graph import DTYPES, GraphBuilder
-from mdf_sdk.errors import CheckpointError
 
 
 def build_fusion(source: BlockSource, folder: Path | None) -> int:
-    """Skips into vision states, then cross-attention keys and values (B, V, kv_width)."""
+    """Skips and vision states joined, then cross-attention keys and values (B, R, kv_width).
+
+    R is V, or the patches of the skip where one asks.
+    """
     model, loaded = source.checkpoint.model, source.checkpoint.loaded
-    config = model.config
-    if config.fusion.query != "vision":
-        raise CheckpointError(
-            f"config.json, fusion, query: found {config.fusion.query!r}, expected 'vision', which "
-            "engines are built for. Train the model with that query"
-        )
-    patches = model.backbone.model.vision_model.num_patches
+    config, rows = model.config, model.config.state_rows()
     with source.builder("fusion", folder) as g:
-        vision_states = g.input("vision_states", ("B", patches, config.text["hidden_size"]))
+        vision_states = g.input(
+            "vision_states", ("B", config.vision_rows, config.text["hidden_size"])
+        )
         states = dict.fromkeys(config.text["cross_attention_layers"], vision_states)
         channels = model.unet.encoder.out_channels[1:5]
         for i, (layer, block) in enumerate(zip(config.fusion.layers, model.fusion, strict=True)):
@@ -41,7 +39,7 @@ def build_fusion(source: BlockSource, folder: Path | None) -> int:
                 keys = g.linear(value, "k_proj", attention.k_proj)
                 values = g.linear(value, "v_proj", attention.v_proj)
                 keys = g.head_norm(keys, norm.weight, norm.variance_epsilon)
-            shape = ("B", patches, attention.k_proj.out_features)
+            shape = ("B", rows[layer], attention.k_proj.out_features)
             g.output(f"cross_key_{layer}", keys, shape)
             g.output(f"cross_value_{layer}", values, shape)
         return g.save()
@@ -51,8 +49,13 @@ def _fuse(g: GraphBuilder, states: str, skip: str, side: int, block: Any) -> str
     with g.scope("patch_proj"):
         x = embed_patches(g, skip, side, block.patch_proj)
     x = g.op("Add", x, g.constant((block.position + block.patch_proj.bias)[None], "position"))
-    x = layer_norm(g, x, block.patch_norm)
-    q = g.linear(layer_norm(g, states, block.state_norm), "q_proj", block.q_proj)
-    k, v = g.linear(x, "k_proj", block.k_proj), g.linear(x, "v_proj", block.v_proj)
+    patches, normed = layer_norm(g, x, block.patch_norm), layer_norm(g, states, block.state_norm)
+    stream, asking, answering = states, normed, patches
+    if block.query == "skip":
+        stream, asking, answering = patches, patches, normed
+    q, k, v = (
+        g.linear(x, name, getattr(block, name))
+        for x, name in ((asking, "q_proj"), (answering, "k_proj"), (answering, "v_proj"))
+    )
     h = g.linear(g.attention(q, k, v, block.heads, block.heads), "o_proj", block.o_proj)
-    return g.op("Add", states, g.op("Mul", h, g.constant(block.alpha * block.gate.tanh())))
+    return g.op("Add", stream, g.op("Mul", h, g.constant(block.alpha * block.gate.tanh())))

@@ -168,6 +168,12 @@ def compare_layers(
     )
 
 
+def key_rows(manifest: Manifest) -> tuple[int | str, ...]:
+    """Return how many keys an engine's decoder reads in each cross-attention layer, in order."""
+    inputs = manifest.blocks["decoder"].inputs
+    return tuple(x.shape[1] for x in inputs if x.name.startswith("cross_key_") and x.shape[1:])
+
+
 def compare_cases(pairs: Iterable[tuple[Array, Array]]) -> Difference:
     """Compare a tensor with the reference's, case by case: pairs of found and expected."""
     measures = []

@@ -20,6 +20,7 @@ from mdf_export.proof.differences import (
     ReferenceProbe,
     compare_blocks,
     compare_layers,
+    key_rows,
     probe_reference,
     rank,
 )
@@ -290,10 +291,11 @@ def _score(
 
 def _check_kind(engine_dir: Path, manifest: Manifest, checkpoint: StreamedCheckpoint) -> None:
     config = checkpoint.config
-    found = (manifest.labels, manifest.image, manifest.prompt)
-    if found != (config.labels, config.image, config.prompt):
+    found = (manifest.labels, manifest.image, manifest.prompt, key_rows(manifest))
+    rows = tuple(config.state_rows().values())
+    if found != (config.labels, config.image, config.prompt, rows):
         raise DataError(
-            f"{engine_dir}: found other labels, another picture size or another prompt than the "
-            "checkpoint's, expected an engine that was exported from it: mdf export CHECKPOINT "
-            "ENGINE"
+            f"{engine_dir}: found other labels, another picture size, another prompt or another "
+            "fusion than the checkpoint's, expected an engine that was exported from it: mdf "
+            "export CHECKPOINT ENGINE"
         )

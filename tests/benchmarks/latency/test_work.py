@@ -68,6 +68,18 @@ def test_the_demo_engines_decoder_grows_with_its_rows(demo_engine: Path) -> None
     assert weights < short.moved_bytes < long.moved_bytes < 1.3 * weights
 
 
+def test_a_layer_that_reads_patches_of_a_skip_costs_as_many_keys_more(
+    tiny_engine: Path, skip_engine: Path
+) -> None:
+    tiny, skip = (
+        count_work(engine / "decoder.onnx", {"B": 1, "T": 10, "S": 29})
+        for engine in (tiny_engine, skip_engine)
+    )
+    more = 2 * (64 - 37)  # keys of two layers, as wide as 2 of the 4 heads of 32 features
+    assert skip.flop - tiny.flop == 2 * 2 * (10 * 4 * 32) * more
+    assert skip.moved_bytes - tiny.moved_bytes == 2 * 4 * (2 * 32) * more
+
+
 def test_an_operator_that_multiplies_and_is_not_counted_is_refused(tmp_path: Path) -> None:
     weight = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
     path = save(tmp_path, [helper.make_node("Gemm", ["x", "w"], ["y"])], [weight], [2, 4])

@@ -11,12 +11,13 @@ from onnx import helper, numpy_helper
 
 from mdf_benchmarks.parity.checks import CHECKS
 from mdf_benchmarks.parity.compare import Parity, compare_engine
-from mdf_benchmarks.parity.reference import Reference
+from mdf_benchmarks.parity.reference import Reference, run_reference
 from mdf_sdk import verify_engine
 from mdf_sdk.errors import DataError
 from mdf_sdk.manifest import Manifest
+from mdf_training.data.folder import open_data
 
-from .conftest import WIDE, Planter
+from .conftest import DATA, WIDE, Planter
 
 LAYER = 5  # of cross-attention
 
@@ -42,6 +43,12 @@ def test_a_fault_free_pair_passes(
     assert [fault for check in parity.checks for fault in check.faults] == []
     assert parity.ok
     assert parity.first_fault is None
+
+
+def test_a_fault_free_pair_whose_skips_ask_passes(skip_checkpoint: Path, skip_engine: Path) -> None:
+    reference = run_reference(skip_checkpoint, open_data(DATA), DATA)
+    parity = compare_engine(reference, skip_engine, WIDE)
+    assert [fault for check in parity.checks for fault in check.faults] == []
 
 
 @pytest.mark.parametrize("block", ["vision", "unet_encoder", "fusion", "decoder", "unet_decoder"])
@@ -252,3 +259,8 @@ def test_an_engine_of_another_model_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=f"found the {named}.*The two are different models"):
         compare_engine(reference, planter.change_manifest(tiny_engine, change), WIDE)
+
+
+def test_an_engine_of_another_fusion_is_refused(skip_engine: Path, reference: Reference) -> None:
+    with pytest.raises(DataError, match="found the rows of cross-attention keys 64, 37, 64, 37"):
+        compare_engine(reference, skip_engine, WIDE)

@@ -143,6 +143,11 @@ def test_an_engine_of_other_labels_is_refused(
         climb(copy, engines[:1], DATA, cases=2)
 
 
+def test_an_engine_of_another_fusion_is_refused(skip_checkpoint: Path, engines: list[Path]) -> None:
+    with pytest.raises(DataError, match=r"another\s+fusion than the checkpoint's"):
+        climb(skip_checkpoint, engines[:1], DATA, cases=2)
+
+
 def test_no_case_is_refused(tiny_checkpoint: Path, engines: list[Path]) -> None:
     with pytest.raises(InputError, match="cases: found 0"):
         climb(tiny_checkpoint, engines, DATA, cases=0)

@@ -62,11 +62,14 @@ def stored_elements(engine: Path, data_type: int) -> int:
     return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type == data_type)
 
 
+@pytest.mark.parametrize("kind", ["tiny", "skip"])
 @torch.no_grad()
-def test_running_from_a_layer_on_scores_as_the_whole_model_does(tiny_checkpoint: Path) -> None:
+def test_running_from_a_layer_on_scores_as_the_whole_model_does(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     """For weights that do not touch the instruction's constants."""
-    names = [f"{LAYERS}.5.cross_attn.v_proj", f"{LAYERS}.7.mlp.down_proj", "fusion.1.o_proj"]
-    with hold_checkpoint(tiny_checkpoint, "cpu") as checkpoint:
+    names = [f"{LAYERS}.5.cross_attn.v_proj", f"{LAYERS}.7.mlp.down_proj", "fusion.2.o_proj"]
+    with hold_checkpoint(request.getfixturevalue(f"{kind}_checkpoint"), "cpu") as checkpoint:
         pixels = PixelSet(SyntheticData(3, 5), checkpoint.config.image, ())
         cases = pixels.read(range(3))
         run = DecoderRun(checkpoint, cases, keep_streams=True)

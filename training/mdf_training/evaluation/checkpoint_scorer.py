@@ -49,12 +49,11 @@ class CheckpointScorer:
     def text_only_scores(self, texts: Sequence[str]) -> Scores:
         """Return label scores (B, K) with zeros in place of every cross-attention state."""
         config = self._model.config
-        tokens, width = (
-            self._model.backbone.model.vision_model.num_patches,
-            config.text["hidden_size"],
-        )
-        zeros = torch.zeros(len(texts), tokens, width, device=self._device)
-        return self._decode(dict.fromkeys(config.text["cross_attention_layers"], zeros), texts)
+        states = {
+            layer: torch.zeros(len(texts), rows, config.text["hidden_size"], device=self._device)
+            for layer, rows in config.state_rows().items()
+        }
+        return self._decode(states, texts)
 
     @torch.inference_mode()
     def segment(self, image: npt.NDArray[np.uint8], text: str) -> Float32:
