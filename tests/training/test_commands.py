@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mdf_sdk.cli import main
+from mdf_training.checkpoint import load_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,7 @@ from mdf_sdk.cli import main
         ("--mask-kinds", "disc,disc", "mask_kinds: found ('disc', 'disc')"),
         ("--frozen", "unet,lens", "frozen: found ('unet', 'lens')"),
         ("--policy", "hasty", "policy: found 'hasty'"),
+        ("--query", "unet", "fusion, query: found 'unet', expected one of vision, skip"),
         ("--augment", "2", "augment: found 2.0, expected 0 to 1"),
         ("--unet-weights", "none.pth", "none.pth: No such file or directory; expected a file"),
     ],
@@ -33,3 +35,13 @@ def test_a_value_that_no_run_can_use_is_refused_before_anything_is_written(
     assert main([*words, option, value]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("words", "query"), [([], "vision"), (["--query", "skip"], "skip")])
+def test_the_side_that_asks_stays_with_the_checkpoint(
+    words: list[str], query: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    data = ["--preset", "nano", "--data", "synthetic:16:1", "--epochs", "1"]
+    assert main(["train", *data, "--out", str(out), *words]) == 0
+    assert load_checkpoint(out).config.fusion.query == query

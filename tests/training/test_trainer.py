@@ -205,7 +205,8 @@ def test_the_provenance_says_how_the_checkpoint_was_made(
     assert saved["training_cases"] + saved["validation_cases"] == 40
 
 
-def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("query", "changed"), [("vision", ""), ("skip", "fusion, ")])
+def test_resuming_with_other_settings_names_them(query: str, changed: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     one_of_two = dataclasses.replace(RECIPE, epochs=2)
     out.mkdir()
@@ -219,8 +220,9 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
         "recipe": dataclasses.asdict(one_of_two),
     }
     (out / "trainer.json").write_text(json.dumps(run))
-    with pytest.raises(CheckpointError, match=r"other settings \(data, rows\)"):
-        train("nano", "synthetic:41:1", out, recipe=one_of_two, resume=True)
+    fusion = dataclasses.replace(load_preset("nano").fusion, query=query)
+    with pytest.raises(CheckpointError, match=rf"other settings \({changed}data, rows\)"):
+        train("nano", "synthetic:41:1", out, recipe=one_of_two, fusion=fusion, resume=True)
 
 
 def test_resuming_where_nothing_was_interrupted_is_refused(

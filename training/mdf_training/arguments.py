@@ -5,6 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `mdf --help` starts without it
+    from mdf_training.config import FusionConfig
     from mdf_training.recipes import Recipe
 
 
@@ -44,3 +45,11 @@ def read_recipe(args: argparse.Namespace) -> "Recipe":
     recipe = RECIPES[load_preset(args.preset).preset]
     given = {name: getattr(args, name, None) for name in RECIPE_FIELDS}
     return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
+
+
+def read_fusion(args: argparse.Namespace) -> "FusionConfig":
+    """Return the fusion of `--preset`, with the `--query` that was given."""
+    from mdf_training.config import load_preset
+
+    fusion = load_preset(args.preset).fusion
+    return fusion if args.query is None else dataclasses.replace(fusion, query=args.query)

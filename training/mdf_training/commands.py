@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from mdf_sdk.extras import import_extra
-from mdf_training.arguments import add_json, add_recipe, names, read_recipe
+from mdf_training.arguments import add_json, add_recipe, names, read_fusion, read_recipe
 
 
 def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -50,6 +50,11 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "--policy",
         help="joint, stop_parts or in_step: what to do when parts learn at different speeds",
     )
+    parser.add_argument(
+        "--query",
+        help="vision or skip: whose tokens ask in the fusing cross-attention; the preset's own "
+        "when left out",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument(
         "--split", type=Path, metavar="FILE", help="train on its part train (see mdf split)"
@@ -74,6 +79,7 @@ def run_train(args: argparse.Namespace) -> int:
         args.data,
         args.out,
         recipe=recipe,
+        fusion=read_fusion(args),
         resume=args.resume,
         labels=args.labels,
         mask_kinds=args.mask_kinds,
