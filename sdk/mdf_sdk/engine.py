@@ -100,7 +100,8 @@ class Engine:
             if block not in self._sessions:
                 for name in self.backend.files(block):
                     self._check.wait(name)
-                self._sessions[block] = self.backend.open(block)
+                rows = self._decoder_rows() if block == "decoder" else ()
+                self._sessions[block] = self.backend.open(block, rows)
             return self._sessions[block]
 
     def run(self, block: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,6 +132,11 @@ class Engine:
         """Rows of a prefill, padding included, whose longest text has so many tokens."""
         most = self.prompt.count_rows(self.manifest.prompt.max_text_tokens)
         return min(self.backend.text_rows(self.prompt.count_rows(text_tokens)), most)
+
+    def _decoder_rows(self) -> set[int]:
+        """Rows of its products: of all padded prompts; behind the last attention, of labels."""
+        lengths = range(1, self.manifest.prompt.max_text_tokens + 1)
+        return {self.text_rows(n) for n in lengths} | {1 + self.prompt.label_rows}
 
     def text_tensors(self, texts: Sequence[EncodedText]) -> dict[str, Tensor]:
         """Pack texts, look up embeddings and cut the constant prefix off: the decoder's inputs."""

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,9 +86,12 @@ class Spy:
     def files(self, block: str) -> tuple[str, ...]:
         return (self._manifest.blocks[block].file,)
 
-    def open(self, block: str) -> Any:
+    def open(self, block: str, rows: Iterable[int] = ()) -> Any:
         assert not self._damaged.startswith(self.files(block)), f"{self._damaged} was opened"
         return SimpleNamespace(close=lambda: None)
+
+    def text_rows(self, rows: int) -> int:
+        return rows
 
     def free_and_total_bytes(self) -> None:
         return None

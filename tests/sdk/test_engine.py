@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +102,9 @@ def test_no_block_is_opened_before_its_files_are_proved(
     path.write_bytes(data)
     opened, original = [], OnnxRuntimeCpu.open
 
-    def spy(self: OnnxRuntimeCpu, block: str) -> Session:
+    def spy(self: OnnxRuntimeCpu, block: str, rows: Iterable[int]) -> Session:
         opened.append(block)
-        return original(self, block)
+        return original(self, block, rows)
 
     monkeypatch.setattr(OnnxRuntimeCpu, "open", spy)
     with pytest.raises(IntegrityError, match=r"decoder\.onnx"):

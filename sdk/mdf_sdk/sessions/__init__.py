@@ -4,7 +4,7 @@ Nothing above this package knows which runtime computes, or whether a tensor lie
 a card; a new runtime is a module here and a line in `open_backend`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -55,8 +55,12 @@ class Backend(Protocol):
     def files(self, block: str) -> tuple[str, ...]:
         """Names of the files that `open` parses."""
 
-    def open(self, block: str) -> Session:
-        """Load a block and check its bindings against the manifest."""
+    def open(self, block: str, rows: Iterable[int] = ()) -> Session:
+        """Load a block and check its bindings against the manifest.
+
+        Args:
+            rows: how many of them its products will have, of a block where that varies.
+        """
 
     def text_rows(self, rows: int) -> int:
         """To how many rows a prompt of `rows` fed tokens is padded, so that few shapes occur."""

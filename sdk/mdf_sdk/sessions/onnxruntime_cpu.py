@@ -1,7 +1,7 @@
 """ONNX Runtime on the processor: numpy arrays in and out."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class OnnxRuntimeCpu:
     def files(self, block: str) -> tuple[str, ...]:
         return (self._blocks[block].file,)
 
-    def open(self, block: str) -> "OnnxRuntimeCpuSession":
+    def open(self, block: str, rows: Iterable[int] = ()) -> "OnnxRuntimeCpuSession":
         spec = self._blocks[block]
         options = session_options(self._runtime, _CONFIG)
         options.intra_op_num_threads = self._threads

@@ -6,8 +6,9 @@ replayed case by case: at the 11B shape the card has enough to do with one.
 """
 
 import io
+import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ _CONFIG = {"session.use_device_allocator_for_initializers": "1"}
 # The kernel that reads integers wins while rows are few; the tower's 1601 rows are better served by
 # a product of dequantized weights.
 _FEW_ROWS_CONFIG = {"ep.cuda.fpa_intb_gemm": "1"}
+# Numbers of rows, powers of two, for which that kernel's variants are timed when it is loaded; any
+# other is timed when it first occurs, in a call.
+_TUNED_ROWS = "ep.cuda.fpa_intb_profile_m"
 
 
 class OnnxRuntimeCuda(CardBackend):
@@ -71,9 +75,11 @@ class OnnxRuntimeCuda(CardBackend):
     def files(self, block: str) -> tuple[str, ...]:
         return (self._manifest.blocks[block].file,)
 
-    def open(self, block: str) -> "OnnxRuntimeCudaSession":
+    def open(self, block: str, rows: Iterable[int] = ()) -> "OnnxRuntimeCudaSession":
         spec = self._manifest.blocks[block]
-        config = _CONFIG | (_FEW_ROWS_CONFIG if block == "decoder" else {})
+        config = dict(_CONFIG)
+        if block == "decoder":
+            config |= _FEW_ROWS_CONFIG | {_TUNED_ROWS: ",".join(map(str, row_buckets(rows)))}
         options = session_options(self._runtime, config)
         # With patterns a shape's second run, the one that is captured, takes its memory anew and in
         # one piece, beside what the first run took and nobody uses again.
@@ -85,7 +91,7 @@ class OnnxRuntimeCuda(CardBackend):
             spec,
             options,
             _PROVIDERS[self._memory.kind],
-            _provider_options(self._memory.kind, spec),
+            _provider_options(self._memory.kind, block, spec),
         )
         opened = OnnxRuntimeCudaSession(
             self._runtime, block, session, spec, self._memory, self._places
@@ -238,6 +244,8 @@ def import_with_cuda() -> Any:
     Raises:
         BackendUnavailableError: not installed, built without CUDA, or a library does not load.
     """
+    # For each of cuBLAS' handles 8 MiB on every card; Hopper's default is 32.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     runtime = import_onnxruntime("cuda")
     if _PROVIDERS["cuda"] not in runtime.get_available_providers():
         raise BackendUnavailableError(
@@ -252,10 +260,17 @@ def import_with_cuda() -> Any:
     return runtime
 
 
-def _provider_options(kind: str, spec: BlockSpec) -> dict[str, str]:
+def row_buckets(rows: Iterable[int]) -> list[int]:
+    """Powers of two, one for each number of rows: the next that is not less."""
+    return sorted({1 << (n - 1).bit_length() for n in rows})
+
+
+def _provider_options(kind: str, block: str, spec: BlockSpec) -> dict[str, str]:
     options = dict(_PROVIDER_OPTIONS[kind])
     if kind == "cuda":
         options["use_tf32"] = "1" if spec.precision == "tf32" else "0"
+        # Tensor cores want channels last; cuDNN would transpose before and behind each convolution.
+        options["prefer_nhwc"] = "1" if block in ("unet_encoder", "unet_decoder") else "0"
     return options
 
 

@@ -12,7 +12,7 @@ import importlib
 import logging
 import mmap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ class TensorRTBackend(CardBackend):
     def files(self, block: str) -> tuple[str, ...]:
         return tuple(plan.file for plan in self._plans[block])
 
-    def open(self, block: str) -> "TensorRTSession":
+    def open(self, block: str, rows: Iterable[int] = ()) -> "TensorRTSession":
         kernels = f"{self._package}-{self._memory.compute_capability}-{block}.bin"
         return TensorRTSession(
             self._trt,
