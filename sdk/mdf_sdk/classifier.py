@@ -332,6 +332,8 @@ class MDFClassifier:
         masks: dict[str, npt.NDArray[np.float32]] | None = None
         with clock("total"):
             kept = self._kept.get(photograph.key)
+            if kept is None:
+                self._make_room()
             tensors = kept.tensors if kept else self._image_tensors(*photograph.batch, clock)
             scores, outputs = self._decode(tensors, case.text, clock)
             log_probabilities = _log_softmax(scores / manifest.temperature)  # (K,)
@@ -367,6 +369,12 @@ class MDFClassifier:
             engine=self.identity,
             notice=manifest.notice,
         )
+
+    def _make_room(self) -> None:
+        """Let the oldest photograph go before the next is computed, not after."""
+        with self._keeping:
+            newest = list(self._kept.items())[1 - KEPT_PHOTOGRAPHS :]
+            self._kept = dict(newest)
 
     def _keep(self, state: _ImageState) -> None:
         """Keep a state for the next text about its photograph; the oldest goes."""

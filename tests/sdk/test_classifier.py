@@ -163,6 +163,25 @@ def test_what_is_kept_changes_no_answer(
     )
 
 
+def test_the_oldest_photograph_goes_before_a_new_one_is_computed(
+    fresh: MDFClassifier, photograph: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [photograph, photograph[::-1].copy(), photograph[:, ::-1].copy()]
+    for picture in pictures[:2]:
+        fresh.predict(picture, "a")
+    run, kept = fresh._engine.run, []
+
+    def counted(block: str, inputs: Any) -> Any:
+        kept.append(len(fresh._kept))
+        return run(block, inputs)
+
+    monkeypatch.setattr(fresh._engine, "run", counted)
+    fresh.predict(pictures[2], "a")
+    assert set(kept) == {1}
+    assert fresh.predict(pictures[1], "b").latency_ms["vision"] == 0
+    assert fresh.predict(pictures[0], "b").latency_ms["vision"] > 0
+
+
 def test_an_array_changed_in_place_is_a_new_photograph(
     fresh: MDFClassifier, photograph: Picture
 ) -> None:

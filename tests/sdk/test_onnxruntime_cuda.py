@@ -31,6 +31,7 @@ from mdf_sdk.engine import Engine
 from mdf_sdk.sessions import DeviceArray, Tensor, onnxruntime_cuda
 from mdf_sdk.sessions.device_memory import concatenate, copy_all
 from mdf_sdk.sessions.onnxruntime_cuda import OnnxRuntimeCuda, import_with_cuda
+from mdf_sdk.sessions.onnxruntime_load import load_graph
 
 from .host_memory import HostMemory
 
@@ -308,3 +309,30 @@ def test_rows_of_a_device_array_are_its_memory() -> None:
     own = copy_all(memory, {"rows": array})["rows"]
     memory.write((array, np.zeros_like(rows)))
     np.testing.assert_array_equal(memory.to_host(own), rows)
+
+
+def test_what_loading_took_is_given_back_before_anything_is_captured(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+
+    def recorded(*args: Any) -> Any:
+        session = load_graph(*args)
+
+        def run(bound: Any, options: Any) -> None:
+            graph = options.get_run_config_entry("gpu_graph_id")
+            shrinks = True
+            try:
+                options.get_run_config_entry("memory.enable_memory_arena_shrinkage")
+            except RuntimeError:  # there is none
+                shrinks = False
+            runs.append((graph, shrinks))
+            session.run_with_iobinding(bound, options)
+
+        return types.SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=run)
+
+    monkeypatch.setattr(onnxruntime_cuda, "load_graph", recorded)
+    session = OnnxRuntimeCuda(toy_engine, load_manifest(toy_engine), HostMemory()).open("vision")
+    session.run({"tower_pixels": np.ones((1, 3, 16, 16), np.float32)})
+    session.close()
+    assert runs == [("-1", True), ("1", False), ("1", False)]

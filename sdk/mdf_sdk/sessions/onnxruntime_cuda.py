@@ -41,9 +41,11 @@ _PROVIDER_OPTIONS = {
         "enable_cuda_graph": "1",
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",  # a search by timing differs from run to run
+        "cudnn_conv_use_max_workspace": "0",  # more of it gained nothing
     },
     "cpu": {},
 }
+_ARENAS = {"cuda": "gpu:0", "cpu": "cpu:0"}
 # Weights outside the arena are freed when a kernel has repacked them: no second copy.
 _CONFIG = {"session.use_device_allocator_for_initializers": "1"}
 # The kernel that reads integers wins while rows are few; the tower's 1601 rows are better served by
@@ -84,6 +86,8 @@ class OnnxRuntimeCuda(CardBackend):
         # With patterns a shape's second run, the one that is captured, takes its memory anew and in
         # one piece, beside what the first run took and nobody uses again.
         options.enable_mem_pattern = False
+        if block != "vision":  # there ONNX Runtime then takes slower kernels
+            options.add_free_dimension_override_by_name("B", 1)
         session = load_graph(
             self._runtime,
             block,
@@ -205,6 +209,8 @@ class OnnxRuntimeCudaSession:
         self._memory.write(*((place.array, inputs[name]) for name, place in news.items()))
         for name, place in news.items():
             place.note(inputs[name])
+        if not self._bindings:
+            self._shrink(binding)
         self._session.run_with_iobinding(binding.bound, binding.options)
         self._bindings[shapes] = binding
         # The next replay writes over the outputs.
@@ -212,6 +218,18 @@ class OnnxRuntimeCudaSession:
         for name, place in binding.outputs.items():
             place.note(own[name])
         return own
+
+    def _shrink(self, binding: _Binding) -> None:
+        """Run without capture, and give back what loading took and no run needs.
+
+        After a capture it would be too late: the graph writes to what looks free.
+        """
+        options = self._runtime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", "-1")
+        options.add_run_config_entry(
+            "memory.enable_memory_arena_shrinkage", _ARENAS[self._memory.kind]
+        )
+        self._session.run_with_iobinding(binding.bound, options)
 
     def _bind(self, shapes: Sequence[tuple[int, ...]], graph: int) -> _Binding:
         dimensions: dict[str, int] = {}
