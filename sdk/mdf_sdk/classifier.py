@@ -89,6 +89,7 @@ class MDFClassifier:
         *,
         device: str = "auto",
         threads: int | None = None,
+        reproducible: bool = False,
         trusted_key: TrustedKey | None = None,
         max_waiting: int = 64,
     ) -> None:
@@ -97,6 +98,10 @@ class MDFClassifier:
             device: "tensorrt", "cuda", "cpu", or "auto" for the fastest that works here and has the
                 memory; `mdf doctor` says why another does not.
             threads: CPU threads of one block; None leaves it to the runtime.
+            reproducible: the same bytes from every process of this engine, card and input. Without
+                it an INT4 decoder on "cuda" takes the kernels that are quickest when it is loaded:
+                within one process its answers never change, two processes may differ in rounding.
+                With it that decoder is slower.
             trusted_key: an Ed25519 public key, PEM or its path. With one, an engine that this key
                 did not sign is refused before anything of it is parsed.
             max_waiting: calls that may wait for the device; one more is turned away.
@@ -111,6 +116,7 @@ class MDFClassifier:
             engine_dir,
             device=device,
             threads=threads,
+            reproducible=reproducible,
             trusted_key=trusted_key,
             blocks=("vision", "unet_encoder", "fusion", "decoder"),  # unet_decoder: with a mask
         )

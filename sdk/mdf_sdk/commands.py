@@ -29,6 +29,9 @@ def add_predict(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--picture", metavar="OUT", help="save photograph, mask and evidence side by side"
     )
+    parser.add_argument(
+        "--reproducible", action="store_true", help="the same bytes from every process, if slower"
+    )
     _add_key(parser)
     _add_device_and_json(parser)
     parser.set_defaults(run=_predict)
@@ -106,7 +109,12 @@ def _predict(args: argparse.Namespace) -> int:
     if wants_picture:
         check_picture_path(args.picture, args.image)
     image = args.image if args.frame is None else load_image(args.image, args.frame)
-    with MDFClassifier(args.engine, device=args.device, trusted_key=args.key) as classifier:
+    with MDFClassifier(
+        args.engine,
+        device=args.device,
+        reproducible=args.reproducible,
+        trusted_key=args.key,
+    ) as classifier:
         prediction = classifier.predict(
             image,
             args.text,

@@ -58,13 +58,14 @@ class Engine:
         *,
         device: str = "auto",
         threads: int | None = None,
+        reproducible: bool = False,
         trusted_key: TrustedKey | None = None,
         blocks: Sequence[str] = (),
     ) -> None:
         """Check the directory and load blocks.
 
         Args:
-            device, threads, trusted_key: as MDFClassifier takes them.
+            device, threads, reproducible, trusted_key: as MDFClassifier takes them.
             blocks: to load now, each as soon as its files are proved.
 
         Raises:
@@ -81,7 +82,7 @@ class Engine:
         with FileCheck(engine_dir, self.manifest) as check:
             self._check = check
             self.backend, self.passed_over = _choose_backend(
-                device, self._directory, self.manifest, threads
+                device, self._directory, self.manifest, threads, reproducible
             )
             try:
                 check.wait(TOKENIZER_NAME)
@@ -190,7 +191,7 @@ class Engine:
 
 
 def _choose_backend(
-    device: str, directory: Path, manifest: Manifest, threads: int | None
+    device: str, directory: Path, manifest: Manifest, threads: int | None, reproducible: bool
 ) -> tuple[Backend, tuple[str, ...]]:
     """Open the backend of a device, or for "auto" of the fastest that works and has the memory.
 
@@ -204,7 +205,9 @@ def _choose_backend(
     for name in DEVICES[1:] if device == "auto" else (device,):
         last = name in (device, DEVICES[-1])
         try:
-            backend = open_backend(name, directory, manifest, threads=threads)
+            backend = open_backend(
+                name, directory, manifest, threads=threads, reproducible=reproducible
+            )
             check_memory(manifest, backend)
         except BackendUnavailableError as error:
             if last:

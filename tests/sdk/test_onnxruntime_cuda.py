@@ -31,7 +31,7 @@ from mdf_sdk.engine import Engine
 from mdf_sdk.sessions import DeviceArray, Tensor, onnxruntime_cuda
 from mdf_sdk.sessions.device_memory import concatenate, copy_all
 from mdf_sdk.sessions.onnxruntime_cuda import OnnxRuntimeCuda, import_with_cuda
-from mdf_sdk.sessions.onnxruntime_load import load_graph
+from mdf_sdk.sessions.onnxruntime_load import load_graph, session_options
 
 from .host_memory import HostMemory
 
@@ -336,3 +336,21 @@ def test_what_loading_took_is_given_back_before_anything_is_captured(
     session.run({"tower_pixels": np.ones((1, 3, 16, 16), np.float32)})
     session.close()
     assert runs == [("-1", True), ("1", False), ("1", False)]
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_reproducible_decoder_takes_no_kernel_by_its_time(
+    toy_engine: Path, memory: HostMemory, monkeypatch: pytest.MonkeyPatch, reproducible: bool
+) -> None:
+    configs = []
+
+    def recorded(runtime: Any, config: Mapping[str, str]) -> Any:
+        configs.append(config)
+        return session_options(runtime, config)
+
+    monkeypatch.setattr(onnxruntime_cuda, "session_options", recorded)
+    with MDFClassifier(toy_engine, device="cuda", reproducible=reproducible):
+        pass
+    timed = [config for config in configs if "ep.cuda.fpa_intb_gemm" in config]
+    assert len(configs) == 4
+    assert len(timed) == (0 if reproducible else 1)

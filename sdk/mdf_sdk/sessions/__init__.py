@@ -75,28 +75,35 @@ class Backend(Protocol):
         """Bytes in use on the card, by all processes; None on the CPU."""
 
 
-Opener = Callable[[Path, Manifest, int | None], Backend]
-
-
 def open_backend(
-    device: str, engine_dir: Path, manifest: Manifest, *, threads: int | None = None
+    device: str,
+    engine_dir: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    reproducible: bool = False,
 ) -> Backend:
     """Open a device's backend.
 
     Args:
         device: one of DEVICES but "auto", which `Engine` resolves.
         threads: CPU threads of one block; None leaves it to the runtime.
+        reproducible: no kernel is chosen by timing.
 
     Raises:
         BackendUnavailableError: no such device, or its backend does not work here; says why.
     """
-    openers: dict[str, Opener] = {"tensorrt": _tensorrt, "cuda": _cuda, "cpu": _cpu}
+    openers: dict[str, Callable[[], Backend]] = {
+        "tensorrt": lambda: _tensorrt(engine_dir, manifest),
+        "cuda": lambda: _cuda(engine_dir, manifest, reproducible),
+        "cpu": lambda: _cpu(engine_dir, manifest, threads),
+    }
     if device not in openers:
         raise BackendUnavailableError(
             f"device: found {device!r}, expected one of {', '.join(DEVICES)}. "
             "The CPU works everywhere: pip install 'mdf-mllm[cpu]'"
         )
-    return openers[device](engine_dir, manifest, threads)
+    return openers[device]()
 
 
 def _cpu(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
@@ -105,14 +112,14 @@ def _cpu(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
     return OnnxRuntimeCpu(engine_dir, manifest, threads)
 
 
-def _cuda(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
+def _cuda(engine_dir: Path, manifest: Manifest, reproducible: bool) -> Backend:
     from mdf_sdk.sessions.device_memory import CudaMemory
     from mdf_sdk.sessions.onnxruntime_cuda import OnnxRuntimeCuda
 
-    return OnnxRuntimeCuda(engine_dir, manifest, CudaMemory())
+    return OnnxRuntimeCuda(engine_dir, manifest, CudaMemory(), reproducible)
 
 
-def _tensorrt(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
+def _tensorrt(engine_dir: Path, manifest: Manifest) -> Backend:
     from mdf_sdk.sessions.device_memory import CudaMemory
     from mdf_sdk.sessions.tensorrt import TensorRTBackend
 

@@ -49,7 +49,8 @@ _ARENAS = {"cuda": "gpu:0", "cpu": "cpu:0"}
 # Weights outside the arena are freed when a kernel has repacked them: no second copy.
 _CONFIG = {"session.use_device_allocator_for_initializers": "1"}
 # The kernel that reads integers wins while rows are few; the tower's 1601 rows are better served by
-# a product of dequantized weights.
+# a product of dequantized weights. Its variants are timed when it is loaded, so that two processes
+# may take different ones, which round differently.
 _FEW_ROWS_CONFIG = {"ep.cuda.fpa_intb_gemm": "1"}
 # Numbers of rows, powers of two, for which that kernel's variants are timed when it is loaded; any
 # other is timed when it first occurs, in a call.
@@ -64,13 +65,20 @@ class OnnxRuntimeCuda(CardBackend):
 
     device = "cuda"
 
-    def __init__(self, engine_dir: Path, manifest: Manifest, memory: DeviceMemory) -> None:
+    def __init__(
+        self,
+        engine_dir: Path,
+        manifest: Manifest,
+        memory: DeviceMemory,
+        reproducible: bool = False,
+    ) -> None:
         """Raises:
         BackendUnavailableError: no onnxruntime, or one that was built without CUDA.
         """
         self._runtime = import_with_cuda() if memory.kind == "cuda" else import_onnxruntime("cpu")
         super().__init__(memory)
         self._directory, self._manifest = engine_dir, manifest
+        self._reproducible = reproducible
         self._places: _Places = {}
         self.name = f"onnxruntime {self._runtime.__version__}"
 
@@ -80,7 +88,7 @@ class OnnxRuntimeCuda(CardBackend):
     def open(self, block: str, rows: Iterable[int] = ()) -> "OnnxRuntimeCudaSession":
         spec = self._manifest.blocks[block]
         config = dict(_CONFIG)
-        if block == "decoder":
+        if block == "decoder" and not self._reproducible:
             config |= _FEW_ROWS_CONFIG | {_TUNED_ROWS: ",".join(map(str, row_buckets(rows)))}
         options = session_options(self._runtime, config)
         # With patterns a shape's second run, the one that is captured, takes its memory anew and in
