@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from mdf_export.quantize import Float8Weight, QuantizedWeight, pack_int4
+from mdf_export.residual_norms import fuse_residual_norms
 from mdf_sdk.manifest import TensorSpec
 
 OPSET = 23
@@ -188,7 +189,7 @@ class GraphBuilder:
         return self.op("Expand", value, self.op("Concat", batch, self.ints(*shape), axis=0))
 
     def save(self) -> int:
-        """Check the graph and write it, whole or not at all; the builder is done then.
+        """Fuse and check the graph and write it, whole or not at all; the builder is done then.
 
         Returns:
             Bytes of the weights.
@@ -200,12 +201,12 @@ class GraphBuilder:
             [helper.make_tensor_value_info(t.name, DTYPES[t.dtype], t.shape) for t in tensors]
             for tensors in (self._inputs, self._outputs)
         )
-        graph = helper.make_graph(
-            self._nodes, self.name, inputs, outputs, initializer=self._initializers
-        )
+        nodes = fuse_residual_norms(self._nodes)
+        graph = helper.make_graph(nodes, self.name, inputs, outputs, initializer=self._initializers)
+        domains = sorted({"", *(node.domain for node in nodes)})
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid(d, 1 if d else OPSET) for d in domains],
             ir_version=IR_VERSION,
             producer_name="mdf-mllm",
         )

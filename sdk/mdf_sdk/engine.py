@@ -130,9 +130,11 @@ class Engine:
         return session.run(inputs)
 
     def text_rows(self, text_tokens: int) -> int:
-        """Rows of a prefill, padding included, whose longest text has so many tokens."""
+        """Rows of a prefill whose longest text has so many tokens: with padding, without prefix."""
+        prefix = len(self.prompt.prefix_ids)
         most = self.prompt.count_rows(self.manifest.prompt.max_text_tokens)
-        return min(self.backend.text_rows(self.prompt.count_rows(text_tokens)), most)
+        padded = self.backend.text_rows(prefix + self.prompt.count_rows(text_tokens))
+        return min(padded - prefix, most)
 
     def _decoder_rows(self) -> set[int]:
         """Rows of its products: of all padded prompts; behind the last attention, of labels."""

@@ -46,10 +46,13 @@ def test_prompts_are_padded_to_the_rows_of_the_backend_and_never_beyond_the_long
     with Engine(toy_engine, device="cpu") as engine:
         monkeypatch.setattr(engine.backend, "text_rows", lambda rows: -(-rows // 32) * 32)
         longest = engine.prompt.count_rows(engine.manifest.prompt.max_text_tokens)
-        assert engine.text_rows(1) == 32 * -(-engine.prompt.count_rows(1) // 32)
+        prefix = len(engine.prompt.prefix_ids)
+        assert engine.text_rows(1) == 64 - prefix >= engine.prompt.count_rows(1)
         assert engine.text_rows(engine.manifest.prompt.max_text_tokens) == longest
         short = engine.prompt.encode("ab")
-        assert engine.text_tensors([short])["position_ids"].shape == (1, engine.text_rows(2))
+        tensors = engine.text_tensors([short])
+        assert tensors["position_ids"].shape == (1, engine.text_rows(2))
+        assert tensors["attention_mask"].shape[-1] == 64
 
 
 def test_padding_changes_no_score(toy_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,11 +113,11 @@ def test_an_altered_plan_is_never_given_to_the_package(
 def test_a_prompt_is_padded_to_few_lengths_within_the_plans(compiled: Path) -> None:
     with Engine(compiled, device="tensorrt") as engine:
         lengths = range(1, engine.manifest.prompt.max_text_tokens + 1)
-        padded = {engine.backend.text_rows(n) for n in lengths}
-        assert padded == {32, 64}
+        prefix, most = len(engine.prompt.prefix_ids), engine.prompt.count_rows(max(lengths))
+        attended = {prefix + engine.text_rows(n) for n in lengths}
+        assert attended == {64, 96, prefix + most}
         longest = engine.prompt.encode("x" * 200)
-        tensors = engine.text_tensors([longest])
-        assert tensors["inputs_embeds"].shape[1] == engine.prompt.count_rows(max(lengths)) < 96
+        assert engine.text_tensors([longest])["inputs_embeds"].shape[1] == most
 
 
 def test_without_plans_the_cure_is_to_compile(toy_copy: Path, behavior: Behavior) -> None:

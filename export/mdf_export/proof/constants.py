@@ -24,6 +24,7 @@ from mdf_export.blocks import build_block
 from mdf_export.blocks.source import BlockSource
 from mdf_export.graph import FloatType, GraphBuilder, Weight
 from mdf_export.recipe import ExportRecipe
+from mdf_export.residual_norms import fuse_residual_norms
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.manifest import Manifest
 
@@ -169,7 +170,7 @@ def _describe_nodes(nodes: Iterable[onnx.NodeProto]) -> dict[str, tuple[Any, ...
     """By name, what each node computes of what, as if no weight were quantized."""
     origin: dict[str, str] = {}
     described = {}
-    for node in nodes:
+    for node in fuse_residual_norms(nodes):
         if node.op_type in _QUANTIZING or any(x.endswith("/order") for x in node.input):
             origin |= {made: origin.get(node.input[0], node.input[0]) for made in node.output}
             continue

@@ -63,7 +63,7 @@ class Backend(Protocol):
         """
 
     def text_rows(self, rows: int) -> int:
-        """To how many rows a prompt of `rows` fed tokens is padded, so that few shapes occur."""
+        """To how many rows a prompt of `rows` is padded, the prefix included: few shapes occur."""
 
     def to_host(self, tensor: Tensor) -> Array:
         """The tensor as a numpy array."""
