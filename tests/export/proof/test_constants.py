@@ -1,8 +1,10 @@
 """mdf_export.proof.constants: every constant of an engine against the checkpoint's."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from mdf_export import build_engine
 from mdf_export.proof.constants import GraphDifference, _judge_codes, compare_graphs
 from mdf_export.recipe import ExportRecipe
+from mdf_export.residual_norms import to_standard
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.manifest import load_manifest
 
@@ -27,6 +30,17 @@ def test_an_fp32_engine_holds_the_checkpoints_constants(
     assert {constant.kind for constant in constants} == {"float", "index"}
     assert max(constant.relative_l2 for constant in constants) < 1e-6
     assert len({constant.name for constant in constants}) == len(constants) > 200
+    assert [block.nodes for block in found.values()] == [(), (), ()]
+
+
+def test_a_graph_without_fused_norms_as_earlier_releases_wrote_it_is_the_same(
+    tiny_engine: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    engine = Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
+    for block in ("vision", "decoder"):
+        path = engine / f"{block}.onnx"
+        onnx.save(to_standard(onnx.load(path, load_external_data=False)), path)
+    found = compare(engine, tiny_checkpoint)
     assert [block.nodes for block in found.values()] == [(), (), ()]
 
 
