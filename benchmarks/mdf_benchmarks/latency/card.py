@@ -36,9 +36,10 @@ class Card:
 
     def describe(self) -> dict[str, Any]:
         """For the machine card; None for what it does not tell."""
+        memory = self._memory()
         return {
             "name": self._ask("nvmlDeviceGetName"),
-            "memory_bytes": self._total_bytes(),
+            "memory_bytes": None if memory is None else int(memory.total - memory.reserved),
             "driver": self._tell(self._nvml.nvmlSystemGetDriverVersion),
             "power_limit_w": _thousandth(self._ask("nvmlDeviceGetEnforcedPowerLimit")),
             "persistence_mode": _truth(self._ask("nvmlDeviceGetPersistenceMode")),
@@ -47,7 +48,7 @@ class Card:
 
     def sample(self) -> dict[str, Any]:
         """What it does now: memory in use (by all processes), power, clock, temperature, brakes."""
-        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        memory = self._memory()
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if reasons is None:  # its name before driver 535
             reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
@@ -65,9 +66,9 @@ class Card:
         """Joules since the driver was loaded; None on cards before Volta."""
         return _thousandth(self._ask("nvmlDeviceGetTotalEnergyConsumption"))
 
-    def _total_bytes(self) -> int | None:
-        memory = self._ask("nvmlDeviceGetMemoryInfo")
-        return None if memory is None else int(memory.total)
+    def _memory(self) -> Any:
+        """What programs can have; the first form of this call counts the driver's reserve as used."""
+        return self._ask("nvmlDeviceGetMemoryInfo", self._nvml.nvmlMemory_v2)
 
     def _ask(self, name: str, *arguments: int) -> Any:
         function = getattr(self._nvml, name, None)

@@ -130,7 +130,7 @@ def _floor(floor: Mapping[str, Any]) -> list[str]:
 def _peers(peers: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "times as long as the engine (95 % interval), without preparing the photograph",
-        f"{'':24s}{'new image':>36s}{'same image, new text':>36s}{'device':>12s}",
+        f"{'':24s}{'new image':>40s}{'same image, new text':>40s}{'device':>12s}",
     ]
     for peer in peers:
         if peer["status"] != "ok":
@@ -141,7 +141,7 @@ def _peers(peers: Sequence[Mapping[str, Any]]) -> list[str]:
             found = peer["ratios"][kind]["without_image"]
             ms = peer["latency"][kind]["without_image"]["p50_ms"]
             cell = f"{ms:.2f} ms, {found['ratio']:.2f} ({describe_interval(found['interval'])})"
-            cells += f"{cell:>36s}"
+            cells += f"{cell:>40s}"
         held = peer["peak_device_bytes"] or peer["peak_host_bytes"]
         lines.append(f"{peer['name']:24s}{cells}{describe_bytes(held):>12s}")
         lines.append(

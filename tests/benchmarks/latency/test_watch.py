@@ -32,8 +32,12 @@ class Nvml:
     def nvmlDeviceGetName(self, handle: int) -> str:
         return f"card {handle}"
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
-        return SimpleNamespace(used=5_000, total=8_000)
+    nvmlMemory_v2 = 2
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> Any:
+        if version != self.nvmlMemory_v2:  # counts what the driver keeps for itself
+            return SimpleNamespace(used=5_500, total=8_500)
+        return SimpleNamespace(used=5_000, reserved=500, total=8_500)
 
     def nvmlSystemGetDriverVersion(self) -> str:
         return "580.1"
