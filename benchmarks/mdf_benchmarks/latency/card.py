@@ -67,7 +67,7 @@ class Card:
         return _thousandth(self._ask("nvmlDeviceGetTotalEnergyConsumption"))
 
     def _memory(self) -> Any:
-        """What programs can have; the first form of this call counts the driver's reserve as used."""
+        """What programs can have: the call's first form counts the driver's reserve as used."""
         return self._ask("nvmlDeviceGetMemoryInfo", self._nvml.nvmlMemory_v2)
 
     def _ask(self, name: str, *arguments: int) -> Any:
