@@ -8,7 +8,6 @@ from typing import Any
 import onnx
 from onnx import helper
 
-from mdf_export.residual_norms import to_standard
 from mdf_sdk.errors import EngineError
 from mdf_sdk.prompt import PromptEncoder
 
@@ -70,7 +69,6 @@ def activation_bytes(path_to_onnx: Path, dimensions: Mapping[str, int]) -> int:
 
 def _inferred(model: onnx.ModelProto, dimensions: Mapping[str, int]) -> onnx.GraphProto:
     """Fix the free dimensions of the inputs, and infer every other shape anew."""
-    model = to_standard(model)  # onnx infers nothing behind a fused norm
     graph = model.graph
     for value in graph.input:
         for d in value.type.tensor_type.shape.dim:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mdf_export.quantize import Float8Weight, QuantizedWeight, pack_int4
 from mdf_export.residual_norms import fuse_residual_norms
-from mdf_sdk.manifest import TensorSpec
+from mdf_sdk.manifest import FUSED_SUFFIX, TensorSpec
 
 OPSET = 23
 IR_VERSION = 11
@@ -189,7 +189,9 @@ class GraphBuilder:
         return self.op("Expand", value, self.op("Concat", batch, self.ints(*shape), axis=0))
 
     def save(self) -> int:
-        """Fuse and check the graph and write it, whole or not at all; the builder is done then.
+        """Check the graph and write it, whole or not at all; the builder is done then.
+
+        Where there is something to fuse, a fused graph over the same weights is written before it.
 
         Returns:
             Bytes of the weights.
@@ -197,11 +199,18 @@ class GraphBuilder:
         if self.folder is None or self._data is None:
             return self.weight_bytes
         self._data.close()
+        path = self.folder / f"{self.name}.onnx"
+        fused = fuse_residual_norms(self._nodes)
+        if fused != self._nodes:
+            self._write(fused, path.with_name(path.name + FUSED_SUFFIX))
+        self._write(self._nodes, path)
+        return self.weight_bytes
+
+    def _write(self, nodes: Sequence[onnx.NodeProto], path: Path) -> None:
         inputs, outputs = (
             [helper.make_tensor_value_info(t.name, DTYPES[t.dtype], t.shape) for t in tensors]
             for tensors in (self._inputs, self._outputs)
         )
-        nodes = fuse_residual_norms(self._nodes)
         graph = helper.make_graph(nodes, self.name, inputs, outputs, initializer=self._initializers)
         domains = sorted({"", *(node.domain for node in nodes)})
         model = helper.make_model(
@@ -210,12 +219,10 @@ class GraphBuilder:
             ir_version=IR_VERSION,
             producer_name="mdf-mllm",
         )
-        path = self.folder / f"{self.name}.onnx"
         unfinished = path.with_suffix(".part")
         unfinished.write_bytes(model.SerializeToString(deterministic=True))
         onnx.checker.check_model(unfinished)
         unfinished.replace(path)
-        return self.weight_bytes
 
     def _affine(self, x: str, name: str, weight: Weight, bias: Tensor | None) -> str:
         """x @ weight.T + bias, under a name."""

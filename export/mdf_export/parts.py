@@ -44,7 +44,7 @@ def cut_layers(model: onnx.ModelProto, layers_per_part: int) -> list[onnx.ModelP
     What a later part reads of an earlier one is an output there and an input here, under one name.
 
     Args:
-        model: of standard operators, without its external data, whose location every part keeps.
+        model: without its external data, whose location every part keeps.
         layers_per_part: at least 1.
 
     Raises:

@@ -24,7 +24,6 @@ import numpy as np
 import onnx
 
 from mdf_export.parts import cut_layers, layer_outputs, tensor_specs, weight_bytes
-from mdf_export.residual_norms import to_standard
 from mdf_sdk.errors import (
     BackendError,
     BackendUnavailableError,
@@ -290,7 +289,7 @@ def _read_parts(
 ) -> Iterator[_Part]:
     """Read a block's graph without its weights; yield it, cut up if it is a decoder and large."""
     path = directory / spec.file
-    model = to_standard(onnx.load(path, load_external_data=False))
+    model = onnx.load(path, load_external_data=False)
     models = [model]
     if block == "decoder":
         layers = len(layer_outputs(model.graph))

@@ -22,6 +22,7 @@ from mdf_sdk.extras import import_extra
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
 EMBEDDINGS_NAME = "embeddings.npy"
+FUSED_SUFFIX = ".fused"  # of a graph beside a block's own: with ONNX Runtime's nodes for a card
 TOKENIZER_NAME = "tokenizer.json"
 GOLDEN_NAME = "golden.npz"
 PLANS_NAME = "plans"

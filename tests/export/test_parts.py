@@ -8,7 +8,6 @@ import onnxruntime
 import pytest
 
 from mdf_export.parts import cut_layers, layer_outputs, tensor_specs, weight_bytes
-from mdf_export.residual_norms import to_standard
 from mdf_sdk import EngineError
 
 LAYERS = 8  # of the nano preset
@@ -23,7 +22,7 @@ def engine(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def decoder(engine: Path) -> onnx.ModelProto:
-    return to_standard(onnx.load(engine / "decoder.onnx", load_external_data=False))
+    return onnx.load(engine / "decoder.onnx", load_external_data=False)
 
 
 def golden(engine: Path, model: onnx.ModelProto) -> dict[str, Any]:

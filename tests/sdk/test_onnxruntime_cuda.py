@@ -9,6 +9,7 @@ import threading
 import types
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from mdf_sdk import (
     load_manifest,
 )
 from mdf_sdk.engine import Engine
+from mdf_sdk.integrity import digest
+from mdf_sdk.manifest import FUSED_SUFFIX, save_manifest
 from mdf_sdk.sessions import DeviceArray, Tensor, onnxruntime_cuda
 from mdf_sdk.sessions.device_memory import concatenate, copy_all
 from mdf_sdk.sessions.onnxruntime_cuda import OnnxRuntimeCuda, import_with_cuda
@@ -354,3 +357,18 @@ def test_a_reproducible_decoder_takes_no_kernel_by_its_time(
     timed = [config for config in configs if "ep.cuda.fpa_intb_gemm" in config]
     assert len(configs) == 4
     assert len(timed) == (0 if reproducible else 1)
+
+
+def test_a_card_runs_the_fused_graph_where_there_is_one_and_the_processor_never(
+    toy_copy: Path, memory: HostMemory, photograph: npt.NDArray[np.uint8]
+) -> None:
+    plain, fused = toy_copy / "vision.onnx", toy_copy / f"vision.onnx{FUSED_SUFFIX}"
+    plain.rename(fused)
+    plain.write_bytes(b"no graph")
+    manifest = load_manifest(toy_copy)
+    digests = {path.name: digest(path) for path in (plain, fused)}
+    save_manifest(replace(manifest, files=manifest.files | digests), toy_copy)
+    with MDFClassifier(toy_copy, device="cuda") as classifier:
+        assert classifier.predict(photograph, TEXTS[0]).scores
+    with pytest.raises(BackendRunError, match="vision"):
+        MDFClassifier(toy_copy, device="cpu")

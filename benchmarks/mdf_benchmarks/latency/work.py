@@ -44,10 +44,8 @@ def count_work(graph: Path, dims: Mapping[str, int]) -> Work:
     """
     import onnx
 
-    from mdf_export.residual_norms import to_standard
-
     try:
-        model = to_standard(onnx.load(graph, load_external_data=False))
+        model = onnx.load(graph, load_external_data=False)
         for value in model.graph.input:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param:

@@ -26,7 +26,7 @@ from mdf_export.graph import FloatType, GraphBuilder, Weight
 from mdf_export.recipe import ExportRecipe
 from mdf_export.residual_norms import fuse_residual_norms
 from mdf_export.streaming import StreamedCheckpoint
-from mdf_sdk.manifest import Manifest
+from mdf_sdk.manifest import FUSED_SUFFIX, Manifest
 
 Float64 = npt.NDArray[np.float64]
 WRITTEN_BLOCKS = ("vision", "fusion", "decoder")
@@ -93,12 +93,14 @@ def compare_graphs(
         tensors = {tensor.name: tensor for tensor in graph.initializer}
         comparer = _Comparer(block, recipe.float_type, _EngineConstants(engine_dir, tensors))
         build_block(block, _ComparingSource(checkpoint, recipe, comparer=comparer), None)
-        ours, theirs = _describe_nodes(graph.node), _describe_nodes(comparer.nodes)
-        names = dict.fromkeys([*theirs, *ours])
-        found[block] = GraphDifference(
-            tuple(comparer.differences),
-            tuple(name for name in names if ours.get(name) != theirs.get(name)),
-        )
+        names = _unlike_nodes(graph.node, comparer.nodes)
+        fused = manifest.blocks[block].file + FUSED_SUFFIX
+        if fused in manifest.files:
+            beside = onnx.load(engine_dir / fused, load_external_data=False).graph
+            names += _unlike_nodes(beside.node, fuse_residual_norms(comparer.nodes))
+            if beside.initializer != graph.initializer:
+                names.append(fused)
+        found[block] = GraphDifference(tuple(comparer.differences), tuple(dict.fromkeys(names)))
     return found
 
 
@@ -166,11 +168,17 @@ class _ComparingSource(BlockSource):
         return self.comparer
 
 
+def _unlike_nodes(found: Iterable[onnx.NodeProto], expected: Iterable[onnx.NodeProto]) -> list[str]:
+    """Name the nodes that are not the same in both graphs."""
+    ours, theirs = _describe_nodes(found), _describe_nodes(expected)
+    return [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+
+
 def _describe_nodes(nodes: Iterable[onnx.NodeProto]) -> dict[str, tuple[Any, ...]]:
     """By name, what each node computes of what, as if no weight were quantized."""
     origin: dict[str, str] = {}
     described = {}
-    for node in fuse_residual_norms(nodes):
+    for node in nodes:
         if node.op_type in _QUANTIZING or any(x.endswith("/order") for x in node.input):
             origin |= {made: origin.get(node.input[0], node.input[0]) for made in node.output}
             continue

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mdf_export.golden import reference_tensors
 from mdf_export.parts import STREAM, cross_attention_outputs, layer_outputs
-from mdf_export.residual_norms import to_standard
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.engine import Engine
 from mdf_sdk.manifest import BLOCKS, Manifest
@@ -154,7 +153,6 @@ def compare_layers(
     names = layer_outputs(proto.graph)
     crossings = cross_attention_outputs(proto.graph)
     flowing = _run_streams(proto, names, engine_dir, feed)
-    proto = to_standard(proto)  # a fused norm would not read the stream where it is cut
     for name, stream in zip(names[:-1], probe.streams, strict=False):
         feed[_cut(proto.graph, name)] = stream.astype(feed[STREAM].dtype)
     cut = _run_streams(proto, [*names, *crossings.values()], engine_dir, feed)

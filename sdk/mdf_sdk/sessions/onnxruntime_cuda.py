@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mdf_sdk.errors import BackendUnavailableError
-from mdf_sdk.manifest import BlockSpec, Manifest, TensorSpec
+from mdf_sdk.manifest import FUSED_SUFFIX, BlockSpec, Manifest, TensorSpec
 from mdf_sdk.sessions import Tensor
 from mdf_sdk.sessions.device_memory import (
     CardBackend,
@@ -83,10 +83,12 @@ class OnnxRuntimeCuda(CardBackend):
         self.name = f"onnxruntime {self._runtime.__version__}"
 
     def files(self, block: str) -> tuple[str, ...]:
-        return (self._manifest.blocks[block].file,)
+        file = self._manifest.blocks[block].file
+        fused = file + FUSED_SUFFIX  # engines of earlier releases have none
+        return (fused if fused in self._manifest.files else file,)
 
     def open(self, block: str, rows: Iterable[int] = ()) -> "OnnxRuntimeCudaSession":
-        spec = self._manifest.blocks[block]
+        spec, (file,) = self._manifest.blocks[block], self.files(block)
         config = dict(_CONFIG)
         if block == "decoder" and not self._reproducible:
             config |= _FEW_ROWS_CONFIG | {_TUNED_ROWS: ",".join(map(str, row_buckets(rows)))}
@@ -99,7 +101,7 @@ class OnnxRuntimeCuda(CardBackend):
         session = load_graph(
             self._runtime,
             block,
-            self._directory / spec.file,
+            self._directory / file,
             spec,
             options,
             _PROVIDERS[self._memory.kind],
