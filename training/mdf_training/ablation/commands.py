@@ -45,7 +45,11 @@ def add_ablate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--seeds", type=_seeds, default=(0, 1, 2), help="default 0,1,2")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs side by side, over all CUDA devices"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs side by side, over all CUDA devices; one of smol-135m takes up to 22 GB there",
     )
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="of each run: one for a CUDA device"
