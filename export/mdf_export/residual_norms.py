@@ -2,8 +2,8 @@
 
 On a card it has one kernel for both, but does not put them together itself where something else
 reads the sum too, as the next residual sum does. On the processor its kernel is slower than those
-of the two operators (the smol-135m's vision tower 1.09 times as long), and no other runtime knows
-it: so the fused graph stands beside the standard one.
+of the two operators, and no other runtime knows it: so the fused graph stands beside the standard
+one.
 """
 
 from collections import Counter

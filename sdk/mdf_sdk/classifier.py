@@ -98,10 +98,9 @@ class MDFClassifier:
             device: "tensorrt", "cuda", "cpu", or "auto" for the fastest that works here and has the
                 memory; `mdf doctor` says why another does not.
             threads: CPU threads of one block; None leaves it to the runtime.
-            reproducible: the same bytes from every process of this engine, card and input. Without
-                it an INT4 decoder on "cuda" takes the kernels that are quickest when it is loaded:
-                within one process its answers never change, two processes may differ in rounding.
-                With it that decoder is slower.
+            reproducible: on "cuda", no kernel that is chosen by its time when it is loaded. Without
+                it an INT4 decoder has such: within one process its answers never change, two
+                processes may differ in rounding. With it that decoder is slower.
             trusted_key: an Ed25519 public key, PEM or its path. With one, an engine that this key
                 did not sign is refused before anything of it is parsed.
             max_waiting: calls that may wait for the device; one more is turned away.
@@ -338,9 +337,11 @@ class MDFClassifier:
         masks: dict[str, npt.NDArray[np.float32]] | None = None
         with clock("total"):
             kept = self._kept.get(photograph.key)
-            if kept is None:
+            if kept:
+                tensors = kept.tensors
+            else:
                 self._make_room()
-            tensors = kept.tensors if kept else self._image_tensors(*photograph.batch, clock)
+                tensors = self._image_tensors(*photograph.batch, clock)
             scores, outputs = self._decode(tensors, case.text, clock)
             log_probabilities = _log_softmax(scores / manifest.temperature)  # (K,)
             if mask:

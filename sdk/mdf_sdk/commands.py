@@ -30,7 +30,9 @@ def add_predict(subparsers: Subparsers) -> None:
         "--picture", metavar="OUT", help="save photograph, mask and evidence side by side"
     )
     parser.add_argument(
-        "--reproducible", action="store_true", help="the same bytes from every process, if slower"
+        "--reproducible",
+        action="store_true",
+        help="on a card, no kernel that is chosen by its time; slower for INT4",
     )
     _add_key(parser)
     _add_device_and_json(parser)

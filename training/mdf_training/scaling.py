@@ -94,7 +94,6 @@ def measure_scaling(
     step_ms = statistics.median(times_ms[WARM_UP_STEPS:])
     flops = 3 * cases * count_forward_flops(config)
     product = measure_product(processes.device)
-    vision_tokens = (config.image.tower_px // config.vision["patch_size"]) ** 2 + 1
     per_s = 1e3 * cases / step_ms
     return {
         "preset": preset,
@@ -110,7 +109,7 @@ def measure_scaling(
         "step_ms_range": [min(times_ms[WARM_UP_STEPS:]), max(times_ms[WARM_UP_STEPS:])],
         "cases_per_s": per_s,
         "language_tokens_per_s": per_s * LANGUAGE_TOKENS,
-        "vision_tokens_per_s": per_s * vision_tokens,
+        "vision_tokens_per_s": per_s * config.vision_rows,
         "model_flops_per_step": flops,
         "product_flops_per_s": product,
         "model_flop_utilization": flops / (1e-3 * step_ms * processes.size * product),

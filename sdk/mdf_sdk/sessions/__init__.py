@@ -88,7 +88,7 @@ def open_backend(
     Args:
         device: one of DEVICES but "auto", which `Engine` resolves.
         threads: CPU threads of one block; None leaves it to the runtime.
-        reproducible: no kernel is chosen by timing.
+        reproducible: as MDFClassifier takes it.
 
     Raises:
         BackendUnavailableError: no such device, or its backend does not work here; says why.

@@ -49,7 +49,7 @@ def add_ablate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=int,
         default=1,
         metavar="N",
-        help="runs side by side, over all CUDA devices; one of smol-135m takes up to 22 GB there",
+        help="runs side by side, over all CUDA devices; one of smol-135m takes some 24 GB there",
     )
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="of each run: one for a CUDA device"
