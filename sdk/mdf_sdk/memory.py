@@ -53,8 +53,8 @@ _COSTS = {
     ),
     "cuda": _Costs(
         weights=dict.fromkeys(_BYTES_PER_WEIGHT, 1.0),
-        live=1.2,
-        overhead_bytes=1_050_000_000,
+        live=1.0,
+        overhead_bytes=900_000_000,
         overhead="CUDA and its libraries",
     ),
     "tensorrt": _Costs(

@@ -96,7 +96,7 @@ def test_it_answers_as_the_cpu_does(
         assert found.mask is not None
         assert expected.mask is not None
         for kind, values in expected.mask.items():
-            np.testing.assert_allclose(found.mask[kind], values, rtol=1e-5)
+            np.testing.assert_allclose(found.mask[kind], values, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found.evidence, expected.evidence, atol=1e-5)
 
 
@@ -357,6 +357,28 @@ def test_a_reproducible_decoder_takes_no_kernel_by_its_time(
     timed = [config for config in configs if "ep.cuda.fpa_intb_gemm" in config]
     assert len(configs) == 4
     assert len(timed) == (0 if reproducible else 1)
+
+
+def test_weights_lie_in_one_piece_where_no_kernel_repacks_them(
+    toy_engine: Path, memory: HostMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime does it only with patterns on and repacking off."""
+    pieces = {}
+
+    def recorded(*args: Any) -> Any:
+        block, options = args[1], args[4]
+        try:
+            repacks = options.get_session_config_entry("session.disable_prepacking") != "1"
+        except RuntimeError:  # there is no such entry
+            repacks = True
+        pieces[block] = (options.enable_mem_pattern, repacks)
+        return load_graph(*args)
+
+    monkeypatch.setattr(onnxruntime_cuda, "load_graph", recorded)
+    with MDFClassifier(toy_engine, device="cuda"):
+        pass
+    one, many = (True, False), (False, True)
+    assert pieces == {"vision": one, "unet_encoder": many, "fusion": one, "decoder": many}
 
 
 def test_a_card_runs_the_fused_graph_where_there_is_one_and_the_processor_never(

@@ -55,6 +55,10 @@ _FEW_ROWS_CONFIG = {"ep.cuda.fpa_intb_gemm": "1"}
 # Numbers of rows, powers of two, for which that kernel's variants are timed when it is loaded; any
 # other is timed when it first occurs, in a call.
 _TUNED_ROWS = "ep.cuda.fpa_intb_profile_m"
+# Blocks of one shape and no kernel that repacks weights: weights lie in one piece, and so do
+# temporaries. CUDA gives memory in steps of 2 MiB, which each weight alone would round up to.
+_ONE_PIECE = ("vision", "fusion")
+_ONE_PIECE_CONFIG = {"session.disable_prepacking": "1"}  # or each weight could be freed alone
 
 
 class OnnxRuntimeCuda(CardBackend):
@@ -92,10 +96,11 @@ class OnnxRuntimeCuda(CardBackend):
         config = dict(_CONFIG)
         if block == "decoder" and not self._reproducible:
             config |= _FEW_ROWS_CONFIG | {_TUNED_ROWS: ",".join(map(str, row_buckets(rows)))}
+        if block in _ONE_PIECE:
+            config |= _ONE_PIECE_CONFIG
         options = session_options(self._runtime, config)
-        # With patterns a shape's second run, the one that is captured, takes its memory anew and in
-        # one piece, beside what the first run took and nobody uses again.
-        options.enable_mem_pattern = False
+        # With patterns every shape has a piece of memory of its own, taken at its second run.
+        options.enable_mem_pattern = block in _ONE_PIECE
         if block != "vision":  # there ONNX Runtime then takes slower kernels
             options.add_free_dimension_override_by_name("B", 1)
         session = load_graph(
