@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,11 +10,16 @@ from mdf_sdk.errors import BusyError, ClosedError, InputError
 
 
 class Admission:
-    """At most `slots` calls run at a time and at most `max_waiting` more wait for their turn."""
+    """At most `slots` calls run at a time and at most `max_waiting` more wait for their turn.
+
+    Who came first runs first: without that, a thread that leaves and enters again would always be
+    quicker than those that have to wake up.
+    """
 
     def __init__(self, slots: int, max_waiting: int) -> None:
         self._slots, self._max_waiting = slots, max_waiting
-        self._running = self._waiting = 0
+        self._running = 0
+        self._queue = deque[object]()  # one entry for each that waits
         self._closed = False
         self._changed = threading.Condition()
         self._process = os.getpid()
@@ -30,20 +36,26 @@ class Admission:
         self.check_open()
         if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s >= 0):
             raise InputError(f"timeout_s: found {timeout_s!r}, expected seconds from 0, or None")
+        ticket = object()
         with self._changed:
-            if self._running >= self._slots and self._waiting >= self._max_waiting:
+            if self._running + len(self._queue) >= self._slots + self._max_waiting:
                 raise BusyError(
-                    f"found {self._running} predictions running and {self._waiting} waiting, "
+                    f"found {self._running} predictions running and {len(self._queue)} waiting, "
                     f"expected at most {self._max_waiting} to wait. Try again later, or allow "
                     "more: MDFClassifier(..., max_waiting=...)"
                 )
-            self._waiting += 1
+            self._queue.append(ticket)
             try:
                 free = self._changed.wait_for(
-                    lambda: self._closed or self._running < self._slots, timeout_s
+                    lambda: (
+                        self._closed or (self._running < self._slots and self._queue[0] is ticket)
+                    ),
+                    # Python's locks know no infinity.
+                    None if timeout_s is None or timeout_s >= threading.TIMEOUT_MAX else timeout_s,
                 )
             finally:
-                self._waiting -= 1
+                self._queue.remove(ticket)
+                self._changed.notify_all()  # another is first now
             if self._closed:
                 raise _closed()
             if not free:

@@ -80,6 +80,37 @@ def test_a_wait_that_takes_too_long_ends_in_an_error_and_holds_no_place(
         pass
 
 
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e300, 10**400])
+def test_a_wait_may_be_longer_than_python_can_count(
+    pool: ThreadPoolExecutor, timeout_s: float
+) -> None:
+    admission = Admission(1, 1)
+    visitor = Visitor(admission, pool)
+    assert visitor.inside.wait(10)
+    threading.Timer(0.05, visitor.leave).start()
+    with admission.enter(timeout_s):
+        pass
+
+
+def test_who_leaves_and_enters_again_comes_behind_those_who_wait(pool: ThreadPoolExecutor) -> None:
+    admission, entered = Admission(1, 2), list[str]()
+
+    def enter(name: str) -> None:
+        with admission.enter():
+            entered.append(name)
+
+    with admission.enter():
+        others = []
+        for count, name in enumerate(("first", "second"), start=1):
+            others.append(pool.submit(enter, name))
+            while len(admission._queue) < count:
+                pass
+    enter("the one that left")
+    for other in others:
+        other.result()
+    assert entered == ["first", "second", "the one that left"]
+
+
 @pytest.mark.parametrize("timeout_s", [-1, float("nan"), "1"])
 def test_a_wait_is_a_number_of_seconds(timeout_s: Any) -> None:
     with pytest.raises(InputError, match="timeout_s"), Admission(1, 1).enter(timeout_s):

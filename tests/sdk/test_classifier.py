@@ -476,7 +476,7 @@ def test_a_full_queue_turns_away_and_a_time_out_ends_the_wait(
             with pytest.raises(BusyError, match=r"0\.01 s"):
                 classifier.predict(photograph, "58 years old", timeout_s=0.01)
             waiting = pool.submit(classifier.predict, photograph, "58 years old")
-            while classifier._admission._waiting == 0:
+            while not classifier._admission._queue:
                 pass
             with pytest.raises(BusyError, match="1 waiting"):
                 classifier.predict(photograph, "58 years old")
