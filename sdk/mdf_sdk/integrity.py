@@ -14,6 +14,7 @@ from mdf_sdk.errors import ClosedError, IntegrityError
 from mdf_sdk.manifest import (
     BLOCKS,
     EMBEDDINGS_NAME,
+    FUSED_SUFFIX,
     MANIFEST_NAME,
     PLANS_NAME,
     REEXPORT,
@@ -66,15 +67,17 @@ class FileCheck:
         """Return when a file, and its external data if it is a graph, is proved.
 
         Args:
-            name: of a listed file; external data are the files whose names begin with it.
+            name: of a listed file; external data are the files whose names begin with it, and a
+                fused graph's are those of the graph that it stands beside.
 
         Raises:
             IntegrityError: one of them is altered or unreadable, or the name is not listed.
         """
         if name not in self._proofs:
             raise _damaged(name, "no such name in the manifest", "one that it lists")
+        graph = name.removesuffix(FUSED_SUFFIX)
         for candidate, proof in self._proofs.items():
-            if candidate.startswith(name):
+            if candidate.startswith(graph):
                 _result(proof)
 
     def wait_all(self) -> None:

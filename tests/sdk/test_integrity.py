@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mdf_sdk import IntegrityError, check_files, load_manifest
 from mdf_sdk.errors import ClosedError
 from mdf_sdk.integrity import THREADS, FileCheck, _in_load_order, _irregularity, digest
-from mdf_sdk.manifest import FileEntry, Manifest
+from mdf_sdk.manifest import FUSED_SUFFIX, FileEntry, Manifest
 
 from .toy_engine import add_plan, make_plan, seal
 
@@ -203,13 +203,15 @@ def test_files_are_hashed_in_the_order_in_which_blocks_load(toy_copy: Path) -> N
 
 def test_a_graph_waits_for_its_external_data(toy_copy: Path) -> None:
     (toy_copy / "decoder.onnx.data").write_bytes(b"weights")
+    (toy_copy / f"decoder.onnx{FUSED_SUFFIX}").write_bytes(b"a graph over the same weights")
     manifest = seal(toy_copy, load_manifest(toy_copy))
     (toy_copy / "decoder.onnx.data").write_bytes(b"Weights")
     with FileCheck(toy_copy, manifest) as check:
         check.wait("vision.onnx")
         check.wait("unet_decoder.onnx")
-        with pytest.raises(IntegrityError, match=r"decoder\.onnx\.data: found SHA-256"):
-            check.wait("decoder.onnx")
+        for graph in ("decoder.onnx", f"decoder.onnx{FUSED_SUFFIX}"):
+            with pytest.raises(IntegrityError, match=r"decoder\.onnx\.data: found SHA-256"):
+                check.wait(graph)
         with pytest.raises(IntegrityError, match=r"decoder\.onnx\.data: found SHA-256"):
             check.wait_all()
 
