@@ -14,6 +14,7 @@ from mdf_sdk.sessions.onnxruntime_probe import check_provider
 
 from . import fake_tensorrt
 from .fake_tensorrt import HostCard, compile_toy
+from .test_sessions import failing_once
 
 LONG_S = 120.0
 
@@ -158,9 +159,9 @@ class _Left:
     SessionOptions = staticmethod(lambda: import_onnxruntime("cpu").SessionOptions())
 
     @staticmethod
-    def InferenceSession(*arguments: object, providers: list[str]) -> object:
+    def InferenceSession(*arguments: object, providers: list[str], **others: object) -> object:
         return import_onnxruntime("cpu").InferenceSession(
-            *arguments, providers=["CPUExecutionProvider"]
+            *arguments, providers=["CPUExecutionProvider"], **others
         )
 
 
@@ -169,6 +170,17 @@ def test_a_provider_that_does_not_load_is_named_with_its_library() -> None:
     words = r"device 'cuda': found CUDAExecutionProvider .*providers_cuda.*pip install"
     with pytest.raises(BackendUnavailableError, match=words):
         check_provider(_Left, "CUDAExecutionProvider")
+
+
+def test_a_provider_that_fails_is_told_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime = import_onnxruntime("cpu")
+    reason = "CUDA failure 35: CUDA driver version is insufficient"
+    monkeypatch.setattr(runtime, "InferenceSession", failing_once(runtime, reason))
+    with pytest.raises(BackendUnavailableError, match=reason):
+        check_provider(runtime, "CUDAExecutionProvider")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("works", "code"), [(True, 0), (False, 1)])

@@ -2,11 +2,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
-from mdf_sdk import BackendRunError, BackendUnavailableError, InputError, load_manifest
+from mdf_sdk import (
+    BackendRunError,
+    BackendUnavailableError,
+    DeviceMemoryError,
+    InputError,
+    load_manifest,
+)
 from mdf_sdk.sessions import Backend, open_backend
 from mdf_sdk.sessions.device_memory import CudaMemory
 
@@ -89,6 +97,31 @@ def test_a_closed_session_does_not_run(toy_engine: Path) -> None:
     session.close()
     with pytest.raises(BackendRunError):
         session.run({"tower_pixels": np.zeros((1, 3, 16, 16), np.float32)})
+
+
+def failing_once(runtime: Any, reason: str) -> Any:
+    """ONNX Runtime's session, whose provider fails as it is made; the processor's then works."""
+
+    class Failing(runtime.InferenceSession):  # type: ignore[misc]
+        _failed = False
+
+        def _create_inference_session(self, providers: Any, *others: Any) -> None:
+            if not self._failed:
+                self._failed, self._fallback_providers = True, ["CPUExecutionProvider"]
+                raise RuntimeError(reason)
+            super()._create_inference_session(providers, *others)
+
+    return Failing
+
+
+def test_a_provider_that_fails_is_not_replaced_by_another(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = "CUDA failure 2: out of memory"
+    monkeypatch.setattr(onnxruntime, "InferenceSession", failing_once(onnxruntime, reason))
+    with pytest.raises(DeviceMemoryError, match=reason):
+        open_for(toy_engine).open("vision")
+    assert capsys.readouterr().out == ""
 
 
 def test_the_runtime_writes_nothing_under_the_users_home(toy_engine: Path, tmp_path: Path) -> None:

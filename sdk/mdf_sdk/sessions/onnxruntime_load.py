@@ -76,7 +76,10 @@ def load_graph(
     """
     with mapped_errors(block, "load"):
         session = runtime.InferenceSession(
-            path, options, providers=[(provider, dict(provider_options))]
+            path,
+            options,
+            providers=[(provider, dict(provider_options))],
+            enable_fallback=0,  # else what fails is printed, and all of it tried on the processor
         )
         # A provider whose libraries are missing is left out without an error.
         if session.get_providers()[0] != provider:

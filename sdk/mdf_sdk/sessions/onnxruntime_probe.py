@@ -36,7 +36,9 @@ def check_provider(runtime: Any, provider: str) -> None:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # we say it ourselves
     try:
-        session = runtime.InferenceSession(_PRODUCT, options, providers=[provider])
+        session = runtime.InferenceSession(
+            _PRODUCT, options, providers=[provider], enable_fallback=0
+        )
         if session.get_providers()[0] != provider:
             raise RuntimeError(_missing_library(runtime) or "it was left out")
         (product,) = session.run(None, {"x": np.full((2, 2), 3, np.float32)})
