@@ -1,5 +1,7 @@
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +135,28 @@ def test_auto_falls_to_the_cpu_where_there_is_no_card_and_logs_why(
     with caplog.at_level("INFO", "mdf_sdk"), MDFClassifier(toy_engine) as classifier:
         assert (classifier.identity.device, classifier.identity.passed_over) == ("cpu", ())
     assert "found no card" in caplog.text
+
+
+def test_auto_falls_to_the_cpu_where_the_card_takes_no_work(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(name=b"a card in exclusive mode", major=9, minor=0)
+    status = SimpleNamespace(name="cudaErrorDevicesUnavailable")
+    runtime = SimpleNamespace(
+        cudaError_t=SimpleNamespace(cudaErrorMemoryAllocation=2),
+        cudaGetDeviceCount=lambda: (0, 1),
+        cudaGetDeviceProperties=lambda _: (0, card),
+        cudaStreamCreateWithFlags=lambda _: (status, None),
+    )
+    bindings = ModuleType("cuda.bindings")
+    monkeypatch.setattr(bindings, "driver", SimpleNamespace(), raising=False)
+    monkeypatch.setattr(bindings, "runtime", runtime, raising=False)
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    with MDFClassifier(toy_engine) as classifier:
+        assert classifier.identity.device == "cpu"
+    with pytest.raises(BackendUnavailableError, match=r"exclusive.*DevicesUnavailable"):
+        MDFClassifier(toy_engine, device="cuda")
 
 
 def test_auto_passes_over_a_card_with_too_little_memory_and_every_answer_says_so(

@@ -137,7 +137,9 @@ class CudaMemory:
 
     def __init__(self) -> None:
         """Raises:
-        BackendUnavailableError: no cuda-python, driver or card.
+        BackendUnavailableError: no cuda-python, driver or card, or one that takes no work, such
+            as another process's in exclusive mode.
+        DeviceMemoryError: no memory for a context.
         """
         try:
             from cuda.bindings import driver, runtime
@@ -164,11 +166,14 @@ class CudaMemory:
                 "7.5 (Turing, 2018) or later, the oldest of CUDA 13. Choose another with "
                 "CUDA_VISIBLE_DEVICES, or the CPU: pip install 'mdf-mllm[cpu]'"
             )
-        self._stream = self._call("cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
-        # What is freed stays in the pool for the next call: a cudaMalloc takes as long as a block.
-        pool = self._call("cudaDeviceGetDefaultMemPool", 0)
-        threshold = runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
-        self._call("cudaMemPoolSetAttribute", pool, threshold, driver.cuuint64_t(_KEPT_BYTES))
+        try:
+            self._stream = self._call("cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
+            # What is freed stays in the pool: a cudaMalloc takes as long as a block.
+            pool = self._call("cudaDeviceGetDefaultMemPool", 0)
+            threshold = runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
+            self._call("cudaMemPoolSetAttribute", pool, threshold, driver.cuuint64_t(_KEPT_BYTES))
+        except BackendRunError as error:
+            raise BackendUnavailableError(f"device 'cuda': {self.card}: {error}") from error
 
     def open_stream(self) -> Stream:
         stream = self._call("cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
