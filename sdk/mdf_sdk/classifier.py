@@ -227,8 +227,7 @@ class MDFClassifier:
         for i, text in enumerate(encoded):
             one = slice(i, i + 1)
             with self._admission.enter():
-                tensors = self._image_tensors(tower_pixels[one], unet_pixels[one], _Clock())
-                scores.append(self._decode(tensors, text, _Clock())[0])
+                scores.append(self._score(tower_pixels[one], unet_pixels[one], text))
         return np.stack(scores)
 
     def text_only_scores(self, texts: Sequence[str]) -> Scores:
@@ -421,6 +420,11 @@ class MDFClassifier:
         _check_output("decoder", scores, len(self.manifest.labels))
         return scores, outputs
 
+    def _score(self, tower: Pixels, unet: Pixels, text: EncodedText) -> Scores:
+        """Score one case, and keep nothing of it: scores (K,)."""
+        scores, _ = self._decode(self._image_tensors(tower, unet, _Clock()), text, _Clock())
+        return scores
+
     def _evidence(self, case: _Case, whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         """Cover each cell in turn; by how much do the label's log-odds drop?
 
@@ -437,8 +441,7 @@ class MDFClassifier:
             unet = cover_cells(photograph.unet_pixels, spec.unet_mean, spec.unet_std, row)
             for column in range(GRID):
                 one = slice(column, column + 1)
-                tensors = self._image_tensors(tower[one], unet[one], _Clock())
-                scores, _ = self._decode(tensors, case.text, _Clock())
+                scores = self._score(tower[one], unet[one], case.text)
                 covered = _log_softmax(scores / self.manifest.temperature)
                 drops[row, column] = _log_odds(whole, best) - _log_odds(covered, best)
         return drops

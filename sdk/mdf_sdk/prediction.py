@@ -51,7 +51,7 @@ class Prediction:
             was read.
         latency_ms: by stage, and "total". A stage whose result was kept from the last photograph
             took 0.0. On a card, vision and unet_encoder run at the same time, and both count in
-            full. In a batch, the mean over its cases.
+            full.
         engine: which engine answered.
         notice: what the engine's maker wants read beside every result; may be empty.
     """

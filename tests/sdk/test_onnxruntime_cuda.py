@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -120,6 +121,28 @@ def test_a_kept_photograph_is_not_overwritten_by_another(
     again = on_card.predict(pictures[0], TEXTS[0])
     assert again.latency_ms["vision"] == 0.0
     assert scores(again) == scores(first)
+
+
+def test_evidence_lets_a_covered_photograph_go_before_the_next(
+    on_card: MDFClassifier,
+    pictures: list[npt.NDArray[np.uint8]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computed: list[weakref.ref[object]] = []
+    alive: list[int] = []
+    original = on_card._image_tensors
+
+    def spy(*arguments: Any) -> dict[str, Tensor]:
+        alive.append(sum(owner() is not None for owner in computed))
+        tensors = original(*arguments)
+        tensor = tensors["cross_key_1"]
+        assert isinstance(tensor, DeviceArray)
+        computed.append(weakref.ref(tensor.owner))
+        return tensors
+
+    monkeypatch.setattr(on_card, "_image_tensors", spy)
+    on_card.predict(pictures[0], TEXTS[0], evidence=True)
+    assert alive == [0] + 49 * [1]  # the photograph as it is
 
 
 def test_what_one_block_gives_the_next_is_in_its_place_already(
