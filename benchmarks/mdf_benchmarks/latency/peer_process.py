@@ -5,12 +5,12 @@ with it. A JSON request a line in, a JSON answer a line out; `peer_server` is th
 """
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ PEERS = {
 NEEDS_CHECKPOINT = "pytorch-cpu"
 LIMIT_S = 600.0
 _FAILURE_CHARACTERS = 400
+_KILLED = -9  # by SIGKILL, which Windows' signal module does not name
 
 Status = Literal["not_available", "out_of_memory", "failed"]
 
@@ -155,21 +156,22 @@ class PeerProcess:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._said):
             if pipe is not None:
-                pipe.close()
+                with suppress(OSError):  # a request that it did not live to read
+                    pipe.close()
 
     def _request(self, kind: str, number: int) -> Any:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps([kind, number]) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except OSError:  # a broken pipe, which Windows calls an invalid argument
             raise self._ended() from None
         return self._answer()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
+        if not line.endswith("\n"):
             raise self._ended()
         answer = json.loads(line)
         if "failure" in answer:
@@ -183,7 +185,7 @@ class PeerProcess:
         self._said.seek(0)
         lines = self._said.read().strip()[-_FAILURE_CHARACTERS:].splitlines()
         words = lines[-1] if lines else "it said nothing"
-        if code == -signal.SIGKILL:
+        if code == _KILLED:
             return PeerFailure(
                 "out_of_memory", "the system killed it, as it does when the host's memory is full"
             )

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import time
 from typing import IO, Any, Protocol
@@ -15,6 +16,8 @@ from mdf_benchmarks.machine import versions_of
 from mdf_benchmarks.memory import peak_host_bytes
 
 _REASON_CHARACTERS = 400
+# PyTorch's exception; CUDA's words and cuBLAS'; PyTorch's on the processor.
+_OUT_OF_MEMORY = ("outofmemory", "out of memory", "alloc_failed", "allocate memory")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "torchao")
 
 
@@ -97,7 +100,7 @@ def _status(error: Exception) -> Status:
     if isinstance(error, NotAvailableError | ImportError):
         return "not_available"
     words = f"{type(error).__name__} {error}".lower()
-    if isinstance(error, MemoryError) or "outofmemory" in words or "allocate memory" in words:
+    if isinstance(error, MemoryError) or any(sign in words for sign in _OUT_OF_MEMORY):
         return "out_of_memory"
     return "failed"
 
@@ -111,5 +114,7 @@ def _reason(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    answers_, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    # What libraries print is no answer, nor is what their C code and their compilers do.
+    answers_, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    os.dup2(2, 1)
     serve(sys.argv[1], PeerOptions.from_json(sys.argv[2]), sys.stdin, answers_)

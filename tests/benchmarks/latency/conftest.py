@@ -16,7 +16,7 @@ TINY_PLAN = Plan(queries=50, least_s=0.0, cold_starts=1)
 def planted() -> Any:
     """The peers of planted.py by their class's name; a process finds them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in (*PLANTED, "Cardless", "Killed", "Raising", "Stuck"):
+        for name in (*PLANTED, "Cardless", "Spent", "Killed", "Raising", "Stuck"):
             patch.setitem(peer_process.PEERS, name, f"planted:{name}")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         yield patch

@@ -19,6 +19,7 @@ class Steady:
     def __init__(self, options: PeerOptions) -> None:
         self.options = options
         print("what a library prints is no answer")
+        os.write(1, b"what its C code prints is none either\n")
 
     def prepare(self, picture: Any) -> Any:
         time.sleep(ANSWER_S / 2)
@@ -77,6 +78,13 @@ class Crashing(Quick):
     def look(self, prepared: Any) -> None:
         print("terminate called", file=sys.stderr, flush=True)
         os._exit(3)
+
+
+class Spent(Quick):
+    """Has no memory, as CUDA says it where PyTorch's allocator does not ask."""
+
+    def answer(self, text: str) -> None:
+        raise RuntimeError("CUDA error: out of memory")
 
 
 class Killed(Quick):

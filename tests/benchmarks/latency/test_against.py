@@ -1,5 +1,6 @@
 """mdf_benchmarks.latency.against, .peer_process: a rival that fails is told, others go on."""
 
+import io
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from mdf_benchmarks.latency import peer_process
 from mdf_benchmarks.latency.against import KINDS, time_peer, with_ratios
 from mdf_benchmarks.latency.peer_process import (
     PEERS,
+    PeerFailure,
     PeerOptions,
     PeerProcess,
     check_peers,
@@ -34,6 +36,7 @@ def options(demo_engine: Path, planted: Any) -> PeerOptions:
         ("Missing", "not_available", "found no package no_such_package: pip install"),
         ("Cardless", "not_available", "found no card, expected one"),
         ("Greedy", "out_of_memory", "CUDA out of memory. Tried to allocate 20.00 GiB"),
+        ("Spent", "out_of_memory", "CUDA error: out of memory"),
         ("Killed", "out_of_memory", "the system killed it"),
         ("Crashing", "failed", "exit code 3: terminate called"),
         ("Raising", "failed", "KeyError: 'cross_attention_states'"),
@@ -45,6 +48,32 @@ def test_a_peer_that_gives_no_times_is_told_with_its_reason(
     found = with_ratios(time_peer(name, options, 10), {})
     assert (found["name"], found["status"]) == (name, status)
     assert reason in found["reason"]
+
+
+def test_a_peer_that_ends_between_two_questions_is_told(options: PeerOptions) -> None:
+    with PeerProcess("Quick", options) as peer:
+        peer.ask("new_image", 0)
+        peer._process.kill()
+        peer._process.wait()
+        with pytest.raises(PeerFailure, match="the system killed it"):
+            peer.ask("new_image", 1)
+
+
+def test_a_peer_that_ends_within_an_answer_is_told(options: PeerOptions) -> None:
+    with PeerProcess("Quick", options) as peer:
+        assert peer._process.stdout is not None
+        peer._process.stdout.close()
+        peer._process.stdout = io.StringIO('{"value": [1.0, 0')
+        peer._process.kill()
+        with pytest.raises(PeerFailure, match="the system killed it"):
+            peer._answer()
+
+
+def test_a_peer_that_crashes_is_told_where_no_signal_kills(
+    options: PeerOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("signal.SIGKILL")  # as on Windows
+    assert "exit code 3" in time_peer("Crashing", options, 10)["reason"]
 
 
 def test_a_peer_that_never_ends_is_ended(
