@@ -136,9 +136,12 @@ def _ask(
     each = max(1, min(fit, -(-min(queries, _MOST_QUERIES) // ROUNDS)))
     for round_ in range(ROUNDS):
         for kind in KINDS:
-            numbers = range(_WARM_UP + round_ * each, _WARM_UP + (round_ + 1) * each)
+            first = _WARM_UP + round_ * (each + 1)
+            numbers = range(first + 1, first + 1 + each)
             if engine is not None:
-                engine[kind](numbers[0] - 1)()  # finds what the other kind left: does not count
+                # Finds what the other kind left: does not count. Of the last number the engine
+                # would still keep the photograph.
+                engine[kind](first)()
                 ours[kind].rounds.append([timed(engine[kind](i)) for i in numbers])
             theirs[kind].rounds.append([peer.ask(kind, i) for i in numbers])
     return theirs, ours

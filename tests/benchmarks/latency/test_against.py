@@ -108,7 +108,7 @@ def test_engine_and_peer_are_asked_the_same_numbers_in_turn(options: PeerOptions
     asked: list[int] = []
     engine = {kind: lambda i: answering(lambda: asked.append(i)) for kind in KINDS}
     time_peer("Quick", options, 20, engine)
-    turn = [[number - 1, number, number + 1] for number in range(3, 23, 2)]
+    turn = [[number, number + 1, number + 2] for number in range(3, 33, 3)]  # none comes twice
     rounds = [number for numbers in turn for number in 2 * numbers]  # of both kinds
     assert asked == [0, 1, 2, 0, 1, 2, *rounds]
 
