@@ -24,6 +24,7 @@ class Watch:
         self._start = time.perf_counter()
         self._samples: list[dict[str, Any]] = []
         self._phases: list[dict[str, Any]] = []
+        self._looking = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_looking, daemon=True)
 
@@ -64,17 +65,19 @@ class Watch:
 
     def leave_card(self) -> None:
         """Forget the card: what is measured does not run on it."""
-        self._card = None
-        for sample in self._samples:
-            sample["device"] = sample["card"] = None
+        with self._looking:  # or the thread adds a sample that it has begun
+            self._card = None
+            for sample in self._samples:
+                sample["device"] = sample["card"] = None
 
     def look(self) -> None:
         """Take a sample now."""
-        card = None if self._card is None else self._card.sample()
-        used = self._device_bytes() if card is None else card["used_bytes"]
-        self._samples.append(
-            {"at_s": self._now_s(), "host": resident_bytes(), "device": used, "card": card}
-        )
+        with self._looking:
+            card = None if self._card is None else self._card.sample()
+            used = self._device_bytes() if card is None else card["used_bytes"]
+            self._samples.append(
+                {"at_s": self._now_s(), "host": resident_bytes(), "device": used, "card": card}
+            )
 
     def memory(self) -> dict[str, Any]:
         """JSON types: samples in the order of time, and the phases."""

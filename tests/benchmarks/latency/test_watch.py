@@ -1,9 +1,11 @@
 """mdf_benchmarks.latency.watch, .card: NVML's units, phases, and machines without a card."""
 
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -150,3 +152,23 @@ def test_what_runs_on_the_processor_says_nothing_of_the_card(nvml: Nvml) -> None
         watch.look()
     assert watch.most_device_bytes() is None
     assert watch.card_state("work", 1) is None
+
+
+def test_a_sample_that_has_begun_when_the_card_is_left_says_nothing_of_it() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def sample() -> dict[str, Any]:
+        begun.set()
+        go_on.wait(10)
+        return {"used_bytes": 42}
+
+    watch = Watch(cast(Card, SimpleNamespace(sample=sample)))
+    with ThreadPoolExecutor(2) as pool:
+        looking = pool.submit(watch.look)
+        assert begun.wait(10)
+        leaving = pool.submit(watch.leave_card)
+        wait([leaving], timeout=0.1)  # it may end before, or wait for the sample
+        go_on.set()
+        looking.result()
+        leaving.result()
+    assert watch.most_device_bytes() is None
