@@ -179,6 +179,30 @@ def test_prompts_of_similar_length_share_a_shape_and_shapes_share_memory(
     assert sum(name == "cross_key_1" for name, _ in decoder._places) == 1
 
 
+def test_a_block_that_cannot_be_opened_takes_no_place_from_the_others(
+    on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_card.predict(pictures[0], "short")
+    decoder = on_card._engine.open("decoder")
+    assert isinstance(decoder, onnxruntime_cuda.OnnxRuntimeCudaSession)
+    before = {key: place.array.pointer for key, place in decoder._places.items()}
+
+    def fail(self: onnxruntime_cuda.OnnxRuntimeCudaSession) -> None:
+        raise DeviceMemoryError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime_cuda.OnnxRuntimeCudaSession, "capture", fail)
+        with pytest.raises(DeviceMemoryError, match="planted"):
+            on_card.predict(pictures[0], "short", mask=True)
+    on_card.predict(pictures[0], "so long that it is a shape of its own " * 3)
+    after = {key: place.array.pointer for key, place in decoder._places.items()}
+    assert before.items() < after.items()
+    places = decoder._places
+    del decoder
+    on_card.close()
+    assert not places
+
+
 def test_warming_up_runs_every_shape(on_card: MDFClassifier) -> None:
     on_card.warm_up()
     decoder = on_card._engine.open("decoder")

@@ -83,7 +83,7 @@ class OnnxRuntimeCuda(CardBackend):
         super().__init__(memory)
         self._directory, self._manifest = engine_dir, manifest
         self._reproducible = reproducible
-        self._places: _Places = {}
+        self._places = _Places()
         self.name = f"onnxruntime {self._runtime.__version__}"
 
     def files(self, block: str) -> tuple[str, ...]:
@@ -144,7 +144,8 @@ class _Place:
             self._copied = (weakref.ref(tensor.owner), tensor.pointer)
 
 
-_Places = dict[tuple[str, tuple[int, ...]], _Place]
+# Tensors' places by name and shape. Bindings own them: a place goes with the last that has it.
+_Places = weakref.WeakValueDictionary[tuple[str, tuple[int, ...]], _Place]
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ class OnnxRuntimeCudaSession:
         memory: DeviceMemory,
         places: _Places,
     ) -> None:
-        """`places` are the tensors' by name and shape, shared by all blocks: what one writes
-        another reads, and only blocks without a tensor in common run at the same time."""
+        """`places` are shared by all blocks: what one writes another reads, and only blocks without
+        a tensor in common run at the same time."""
         self._runtime, self._block, self._session = runtime, block, session
         self._spec, self._memory, self._places = spec, memory, places
         self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
@@ -199,7 +200,6 @@ class OnnxRuntimeCudaSession:
     def close(self) -> None:
         self._thread.shutdown()
         self._bindings = {}
-        self._places.clear()
         self._session = None
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -265,10 +265,11 @@ class OnnxRuntimeCudaSession:
 
     def _place(self, spec: TensorSpec, shape: tuple[int, ...]) -> _Place:
         """The tensor's place on the card, the same wherever it has this shape."""
-        key = (spec.name, shape)
-        if key not in self._places:
-            self._places[key] = _Place(self._memory.empty(shape, np.dtype(spec.dtype)))
-        return self._places[key]
+        place = self._places.get((spec.name, shape))
+        if place is None:
+            place = _Place(self._memory.empty(shape, np.dtype(spec.dtype)))
+            self._places[spec.name, shape] = place
+        return place
 
 
 def import_with_cuda() -> Any:
