@@ -90,19 +90,19 @@ def build_engine(
             f"{checkpoint_dir}/provenance.json: found no notice, expected the text that is printed "
             'with every result, such as "Not for clinical use."'
         )
-    given = GptqCheckpoint(Path(gptq_checkpoint)) if gptq_checkpoint else {}
+    given = GptqCheckpoint(Path(gptq_checkpoint)) if gptq_checkpoint else None
     plan = plan_engine(checkpoint.config, checkpoint.tokenizer_json, recipe)
     check_disk(plan, recipe, engine_dir)
     model_digest, versions = checkpoint_digest(checkpoint_dir), _versions()
     identity = {
         "checkpoint": model_digest,
         "recipe": recipe.to_dict(),
-        "gptq_checkpoint": str(gptq_checkpoint),
+        "gptq_checkpoint": given and given.identity(),
         "built_with": versions,
     }
     try:
         with resumed_directory(engine_dir, json.dumps(identity, sort_keys=True)) as work:
-            source = _quantize(checkpoint, recipe, given, work)
+            source = _quantize(checkpoint, recipe, given or {}, work)
             result = work / RESULT
             blocks = _write_blocks(source, result)
             _write_rest(checkpoint, recipe, result)

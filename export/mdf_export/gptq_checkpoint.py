@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mdf_export.quantize import QuantizedWeight
 from mdf_sdk.errors import CheckpointError
+from mdf_sdk.integrity import digest
 
 # What a zero point is stored minus, by checkpoint_format; files without one are the first.
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
@@ -49,6 +50,11 @@ class GptqCheckpoint(Mapping[str, QuantizedWeight]):
                 f"{folder}: found no tensor *.qweight, expected a checkpoint that GPTQ quantized. "
                 "Leave --gptq-checkpoint out to quantize here"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """The settings, and the digest of each file of tensors: reads all of them."""
+        digests = {path.name: digest(path).sha256 for path in sorted(set(self._files.values()))}
+        return {"settings": self._settings, "files": digests}
 
     def __getitem__(self, name: str) -> QuantizedWeight:
         """Read a linear.

@@ -344,6 +344,33 @@ def write_gptq_checkpoint(checkpoint_dir: Path, folder: Path, order: torch.Tenso
     return name
 
 
+def test_an_interrupted_export_with_other_weights_of_gptq_is_not_gone_on_with(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def build(engine: str) -> None:
+        build_engine(
+            tiny_checkpoint,
+            tmp_path / engine,
+            ExportRecipe("int4", method="rtn"),
+            gptq_checkpoint=tmp_path / "gptq",
+        )
+
+    write_gptq_checkpoint(tiny_checkpoint, tmp_path / "gptq", torch.arange(256))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "save_golden", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build("engine")
+    (tmp_path / "gptq").rename(tmp_path / "gptq-before")
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    write_gptq_checkpoint(tiny_checkpoint, tmp_path / "gptq", order)
+    build("engine")
+    build("anew")
+    assert load_manifest(tmp_path / "engine") == load_manifest(tmp_path / "anew")
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_weights_that_gptq_quantized_already_are_taken_as_they_are(
