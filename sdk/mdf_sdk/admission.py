@@ -25,8 +25,13 @@ class Admission:
         self._process = os.getpid()
 
     @contextmanager
-    def enter(self, timeout_s: float | None = None) -> Iterator[None]:
+    def enter(self, timeout_s: float | None = None, *, again: bool = False) -> Iterator[None]:
         """Wait for a slot, and hold it until the block ends.
+
+        Args:
+            timeout_s: longest wait; None has no end.
+            again: for the next case of a call that was let in: a full queue does not turn it away,
+                or what it has computed would be lost.
 
         Raises:
             InputError: the time is no number from 0.
@@ -38,7 +43,8 @@ class Admission:
             raise InputError(f"timeout_s: found {timeout_s!r}, expected seconds from 0, or None")
         ticket = object()
         with self._changed:
-            if self._running + len(self._queue) >= self._slots + self._max_waiting:
+            full = self._running + len(self._queue) >= self._slots + self._max_waiting
+            if full and not again:
                 raise BusyError(
                     f"found {self._running} predictions running and {len(self._queue)} waiting, "
                     f"expected at most {self._max_waiting} to wait. Try again later, or allow "

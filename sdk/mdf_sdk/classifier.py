@@ -199,9 +199,9 @@ class MDFClassifier:
                 cases.append(self._prepare(image, text, known))
             except InputError as error:
                 raise type(error)(f"case {number}: {error}") from error
-        predictions = []
+        predictions: list[Prediction] = []
         for case in cases:
-            with self._admission.enter(timeout_s):
+            with self._admission.enter(timeout_s, again=bool(predictions)):
                 predictions.append(self._predict(case, mask=mask, evidence=evidence))
         return predictions
 
@@ -226,7 +226,7 @@ class MDFClassifier:
         scores = []
         for i, text in enumerate(encoded):
             one = slice(i, i + 1)
-            with self._admission.enter():
+            with self._admission.enter(again=i > 0):
                 scores.append(self._score(tower_pixels[one], unet_pixels[one], text))
         return np.stack(scores)
 
@@ -246,9 +246,9 @@ class MDFClassifier:
                         "only the batch to be free. Export it again: mdf export CHECKPOINT ENGINE"
                     )
                 tensors[spec.name] = np.zeros((1, tokens, width), np.float32)
-        scores = []
+        scores: list[Scores] = []
         for text in [self._engine.prompt.encode(text) for text in texts]:
-            with self._admission.enter():
+            with self._admission.enter(again=bool(scores)):
                 scores.append(self._decode(tensors, text, _Clock())[0])
         return np.stack(scores)
 
@@ -264,7 +264,7 @@ class MDFClassifier:
         features = []
         for i in range(len(tower_pixels)):
             one = slice(i, i + 1)
-            with self._admission.enter():
+            with self._admission.enter(again=i > 0):
                 states = self._engine.run("vision", {"tower_pixels": tower_pixels[one]})
                 maps = self._engine.run("unet_encoder", {"unet_pixels": unet_pixels[one]})
                 on_host = [

@@ -111,6 +111,15 @@ def test_who_leaves_and_enters_again_comes_behind_those_who_wait(pool: ThreadPoo
     assert entered == ["first", "second", "the one that left"]
 
 
+def test_a_full_queue_turns_nobody_away_who_was_let_in(pool: ThreadPoolExecutor) -> None:
+    admission = Admission(1, 0)
+    visitor = Visitor(admission, pool)
+    assert visitor.inside.wait(10)
+    threading.Timer(0.05, visitor.leave).start()
+    with admission.enter(again=True):
+        pass
+
+
 @pytest.mark.parametrize("timeout_s", [-1, float("nan"), "1"])
 def test_a_wait_is_a_number_of_seconds(timeout_s: Any) -> None:
     with pytest.raises(InputError, match="timeout_s"), Admission(1, 1).enter(timeout_s):

@@ -1,7 +1,9 @@
 import dataclasses
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -482,6 +484,33 @@ def test_a_full_queue_turns_away_and_a_time_out_ends_the_wait(
                 classifier.predict(photograph, "58 years old")
             leave.set()
             assert waiting.result(10).label
+
+
+def test_a_batch_is_not_turned_away_between_its_cases(
+    toy_engine: Path, photograph: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        MDFClassifier(toy_engine, device="cpu", max_waiting=0) as classifier,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        enter, calls = classifier._admission.enter, itertools.count()
+
+        def enter_behind_another(*args: Any, **options: Any) -> AbstractContextManager[None]:
+            if next(calls) == 1:
+                inside = threading.Event()
+
+                def stay() -> None:
+                    with enter():
+                        inside.set()
+                        threading.Event().wait(0.05)
+
+                pool.submit(stay)
+                assert inside.wait(10)
+            return enter(*args, **options)
+
+        monkeypatch.setattr(classifier._admission, "enter", enter_behind_another)
+        batch = classifier.predict_batch([photograph] * 2, ["58 years old", "9 years old"])
+        assert len(batch) == 2
 
 
 def test_blocks_that_do_not_depend_on_each_other_overlap_on_a_card_and_fail_together(
