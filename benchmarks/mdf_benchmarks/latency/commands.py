@@ -96,18 +96,44 @@ def _check_files(args: argparse.Namespace) -> None:
                 f"{path}: found a directory, or none to write it in, expected a file's name. Make "
                 f"the directory: mkdir -p {path.parent}"
             )
+    given = [path for path in (*(args.compare or ()), args.report) if path]
+    if given and (args.engine or args.random or args.preset or (args.compare and args.report)):
+        raise InputError(
+            "mdf benchmark: found --from or --compare beside each other or something to measure, "
+            "expected one of: mdf benchmark --from FILE, mdf benchmark --compare A.json B.json, "
+            "mdf benchmark ENGINE"
+        )
     if args.html and args.compare:
         raise InputError("mdf benchmark --compare: found --html, expected --out FILE, or neither")
+    taken = {path.resolve() for path in given}
+    for path in (args.out, args.html):
+        if path and path.resolve() in taken:
+            raise InputError(
+                f"{path}: found it twice on the command line, expected a file of its own for what "
+                "is written. Name another --out or --html"
+            )
+        if path:
+            taken.add(path.resolve())
+    if args.threads is not None and args.threads < 1:  # before the minutes of a cold start
+        raise InputError(f"threads: found {args.threads}, expected at least 1. Leave --threads out")
     if args.html:
         import_extra("matplotlib.figure", "training")
 
 
 def _load(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from mdf_benchmarks.latency.compare import load_report
+    from mdf_benchmarks.latency.compare import expect_whole, load_report
+    from mdf_benchmarks.latency.page import format_page
+    from mdf_benchmarks.latency.text import format_report
 
-    reports = [load_report(args.report)]
-    _save(args, reports)
-    return reports
+    report = load_report(args.report)
+    with expect_whole(args.report):  # before anything is written
+        format_report(report)
+        page = format_page(report) if args.html else ""
+    if args.out:
+        _write(args.out, _to_json(report) + "\n")
+    if args.html:
+        _write(args.html, page)
+    return [report]
 
 
 def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -144,10 +170,18 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from mdf_benchmarks.latency.compare import compare_reports, format_comparison, load_report
+    from mdf_benchmarks.latency.compare import (
+        compare_reports,
+        expect_whole,
+        format_comparison,
+        load_report,
+    )
 
-    comparison = compare_reports(*(load_report(path) for path in args.compare))
-    print(format_comparison(comparison))
+    a, b = (load_report(path) for path in args.compare)
+    with expect_whole(*args.compare):
+        comparison = compare_reports(a, b)
+        text = format_comparison(comparison)
+    print(text)
     if args.out:
         _write(args.out, _to_json(comparison) + "\n")
     if args.json:

@@ -1,15 +1,16 @@
 """Two reports of `mdf benchmark` in, whether a difference between them is shown out."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mdf_benchmarks.latency.against import rounds_of
 from mdf_benchmarks.latency.measure import FORMAT
 from mdf_benchmarks.latency.statistics import overlap, ratio_interval
 from mdf_benchmarks.latency.text import KIND_NAMES, describe_bytes, describe_interval
-from mdf_sdk import InputError
+from mdf_sdk import InputError, MDFError
 
 # Of two runs of one engine, whose processes lie differently in memory and time: docs/benchmark.md.
 _NOISE = 0.1
@@ -27,11 +28,11 @@ def load_report(path: Path) -> dict[str, Any]:
         InputError: it is no such report.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         found = report["format"]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}, expected a report. {_CURE}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path}: found no report, expected one. {_CURE}") from None
     if found != FORMAT:
         raise InputError(f"{path}: found a report of {found!r}, expected {FORMAT!r}. {_CURE}")
@@ -40,6 +41,24 @@ def load_report(path: Path) -> dict[str, Any]:
 
 
 _CURE = "Make one: mdf benchmark ENGINE --out FILE"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)  # a report is strict JSON: no NaN, no Infinity
+
+
+@contextmanager
+def expect_whole(*paths: Path) -> Generator[None]:
+    """Turn what a damaged report sets off while it is used into an InputError that names it."""
+    try:
+        yield
+    except MDFError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"{' or '.join(map(str, paths))}: found a report with a field missing or wrong "
+            f"({type(error).__name__}: {error}), expected it as it was written. {_CURE}"
+        ) from error
 
 
 def compare_reports(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

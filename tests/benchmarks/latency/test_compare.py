@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,19 @@ def test_the_command_compares_files_and_writes_json(
     assert any("NOTICE  Random weights, for tests." in line for line in lines)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "mdf benchmark, 1"}', None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "mdf benchmark, 1"}',
+        '{"format": "mdf benchmark, 2"}',
+        '{"format": "mdf benchmark, 2", "load_ms": NaN}',
+        "[" * 100_000,
+        None,
+    ],
+)
 def test_what_is_no_report_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
 ) -> None:
@@ -143,3 +156,46 @@ def test_what_is_no_report_is_refused(
     error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert error["type"] == "InputError"
     assert "mdf benchmark ENGINE --out FILE" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r.pop("machine"),
+        lambda r: r.update(machine=None),
+        lambda r: r["latency"]["new_image"].update(p50_ms="fast"),
+        lambda r: r["latency"]["new_image"].update(samples_ms=[]),
+        lambda r: r["latency"].pop("same_image_new_text"),
+    ],
+)
+@pytest.mark.parametrize("command", ["--from", "--compare"])
+def test_a_damaged_report_is_named_and_nothing_is_written(
+    report: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    damage: Callable[[dict[str, Any]], Any],
+) -> None:
+    changed = copy.deepcopy(report)
+    damage(changed)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(changed))
+    words = ["--from", str(path), "--html", str(tmp_path / "a.html")]
+    if command == "--compare":
+        words = ["--compare", str(path), str(path)]
+    assert main(["benchmark", *words, "--out", str(tmp_path / "out.json"), "--json"]) == 2
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert error["type"] == "InputError"
+    assert "a.json: found a report with a field missing or wrong" in error["message"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_is_never_written_over_by_its_page(
+    steady: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(steady))
+    for words in (["--html", str(path)], ["--out", str(path)]):
+        assert main(["benchmark", "--from", str(path), *words]) == 2
+        assert "expected a file of its own" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == steady
