@@ -152,7 +152,27 @@ def test_a_report_of_other_fields_is_refused(
         read_report(tmp_path / "report.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"a table alone", b"[1]", b"\xff"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"per_class": {"glaucoma": {}}}, "found glaucoma, expected .*the report is another model"),
+        ({"dice": {"cup": {"n": 0}}}, "found cup, expected .*the report is another model"),
+        ({"accuracy": "high"}, "a field that is damaged"),
+        ({"accuracy": {"value": "high", "interval_95": [0, 1]}}, "a field that is damaged"),
+        ({"controls": None}, "a field that is damaged"),
+        ({"model": 3}, "a field that is damaged"),
+        ({"dice": []}, "a field that is damaged"),
+    ],
+)
+def test_a_report_of_another_model_or_a_damaged_one_is_refused(
+    checkpoint: Path, report: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report | change))
+    with pytest.raises(DataError, match=rf"report\.json.*{message}.*mdf evaluate CHECKPOINT DATA"):
+        build_card(checkpoint, [tmp_path / "report.json"])
+
+
+@pytest.mark.parametrize("content", [b"", b"a table alone", b"[1]", b"\xff", b"[" * 100_000])
 def test_what_is_no_report_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_bytes(content)
     with pytest.raises(DataError, match=r"mdf evaluate CHECKPOINT DATA --json > report\.json"):

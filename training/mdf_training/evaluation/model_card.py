@@ -18,6 +18,7 @@ from mdf_training.checkpoint import (
     checkpoint_digest,
     read_provenance,
 )
+from mdf_training.config import ModelConfig
 
 TEMPLATE = "model_card.md"
 TO_FILL = "**to be filled by who publishes this model: each collection, and its license.**"
@@ -78,7 +79,8 @@ def build_card(
 
     Raises:
         CheckpointError: no checkpoint there.
-        DataError: a file is no such report, or lacks a field, or has one that is unknown here.
+        DataError: a file is no such report, or lacks a field, or has one that is unknown here, or
+            is of a model with other labels or masks.
     """
     folder = Path(checkpoint)
     with torch.device("meta"):
@@ -86,6 +88,7 @@ def build_card(
     config, provenance = model.config, read_provenance(folder)
     parameters = sum(p.numel() for p in model.parameters())
     image = config.image
+    results = [_results_of(path, config) for path in reports]
     facts = {
         "preset": config.preset,
         "parameters": f"{parameters:,}",
@@ -109,7 +112,7 @@ def build_card(
         licenses=provenance.get("data_licenses") or TO_FILL,
         training=_training(provenance),
         recipe=_recipe(provenance),
-        results="\n\n".join(_results(read_report(path)) for path in reports)
+        results="\n\n".join(results)
         or "None was given to this card: nothing is known of how well it does.",
         weights=_weights(provenance, config.preset),
         identity=_table(
@@ -150,7 +153,7 @@ _ORIGIN = "what this release prints: mdf evaluate CHECKPOINT DATA --json > repor
 def _parse(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -210,6 +213,27 @@ def _weights(provenance: Mapping[str, Any], preset: str) -> str:
     else:
         lines.append("Its U-Net started from random weights.")
     return " ".join(lines)
+
+
+def _results_of(path: str | os.PathLike[str], config: ModelConfig) -> str:
+    """Write the section of one report; refuse one that another model's labels or masks are in."""
+    report = read_report(path)
+    try:
+        for what, known in (("per_class", config.labels), ("dice", config.mask_kinds)):
+            if unknown := sorted(report[what].keys() - set(known)):
+                raise DataError(
+                    f"{path}, {what}: found {', '.join(unknown)}, expected names of this "
+                    f"checkpoint, which has {', '.join(known)}: the report is another model's. "
+                    f"Give {_ORIGIN}"
+                )
+        return _results(report)
+    except DataError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path}: found a field that is damaged ({type(error).__name__}: {error}), expected "
+            f"{_ORIGIN}"
+        ) from error
 
 
 def _results(report: Mapping[str, Any]) -> str:
