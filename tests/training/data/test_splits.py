@@ -93,10 +93,25 @@ def test_another_seed_draws_other_parts() -> None:
     assert make_split(rows, SHARES, 0, []) != make_split(rows, SHARES, 1, [])
 
 
-@pytest.mark.parametrize("shares", [{}, {"train": 0.6}, {"train": 1.2, "test": -0.2}])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {},
+        {"train": 0.6},
+        {"train": 1.2, "test": -0.2},
+        {"train": float("nan"), "test": 0.3},
+        {"train": 0.7, "test": float("nan")},
+        {"train": float("inf"), "test": 0.3},
+    ],
+)
 def test_shares_that_are_no_whole_are_refused(shares: dict[str, float]) -> None:
     with pytest.raises(InputError, match="positive shares that add up to 1"):
         make_split(make_rows("p X"), shares, 0, [])
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(InputError, match="seed: found -3, expected 0 or more"):
+        make_split(make_rows("p X"), SHARES, -3, [])
 
 
 def test_rows_are_joined_through_patients_and_pairs() -> None:

@@ -138,7 +138,12 @@ def _origin(document: Mapping[str, Any]) -> str:
 
 
 def _seeds(words: str) -> tuple[int, ...]:
-    seeds = tuple(int(word) for word in words.split(","))
-    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError
+    try:
+        seeds = tuple(int(word) for word in words.split(","))
+    except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(
+            f"found {words!r}, expected distinct numbers of 0 or more, such as 0,1,2"
+        )
     return seeds

@@ -188,4 +188,9 @@ def _assignments(words: str) -> dict[str, str]:
 
 
 def _shares(words: str) -> dict[str, float]:
-    return {name: float(value) for name, value in _assignments(words).items()}
+    try:
+        return {name: float(value) for name, value in _assignments(words).items()}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"found {words!r}, expected shares such as train=0.6,validation=0.1,test=0.3"
+        ) from None

@@ -35,6 +35,8 @@ def make_split(
         pairs: indices of rows that must not part, such as near duplicates.
     """
     check_shares(shares)
+    if seed < 0:
+        raise InputError(f"seed: found {seed}, expected 0 or more. Example: --seed 1")
     units = join_rows(rows, pairs)
     sizes = np.bincount(units)
     frequency = Counter(row.label for row in rows)
@@ -89,9 +91,14 @@ def leave_sources_out(
             f"parts: found {TEST}, expected the parts of the rest: {TEST} is the source"
         )
     if not sources or not set(sources) < known:
+        cure = (
+            f"Example: --leave-source-out '{min(known)}'"
+            if len(known) > 1
+            else "Where there is one source, split by patient: leave --leave-source-out away"
+        )
         raise InputError(
-            f"sources: found {', '.join(sources)}, expected some but not all of"
-            f" {', '.join(sorted(known))}"
+            f"sources: found {', '.join(sources) or 'none'}, expected some but not all of"
+            f" {', '.join(sorted(known))}. {cure}"
         )
     pairs = list(pairs)
     units = join_rows(rows, pairs)
@@ -241,10 +248,14 @@ def load_split(path: str | os.PathLike[str], rows: Sequence[Row]) -> list[str]:
 
 
 def check_shares(shares: Mapping[str, float]) -> None:
-    """Raise InputError unless the shares are positive and add up to 1."""
-    if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-9:
+    """Raise InputError unless the shares are positive and add up to 1; NaN is neither."""
+    positive = shares and all(share > 0 for share in shares.values())
+    if not positive or not abs(sum(shares.values()) - 1) <= 1e-9:
         found = ", ".join(f"{name}={share:g}" for name, share in shares.items())
-        raise InputError(f"parts: found {found}, expected positive shares that add up to 1")
+        raise InputError(
+            f"parts: found {found}, expected positive shares that add up to 1. "
+            "Example: --parts train=0.6,validation=0.1,test=0.3"
+        )
 
 
 def _shown(found: Sequence[str]) -> str:
