@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from mdf_sdk.cli import main
 from mdf_sdk.errors import InputError
 from mdf_training.config import load_preset
 from mdf_training.distributed import Processes
@@ -59,6 +60,16 @@ def test_no_step_and_fewer_cases_than_processes_are_refused(
     processes = Processes(0, size, ALONE.device)
     with pytest.raises(InputError, match="one for each process"):
         measure_scaling("nano", processes, steps=steps, batch_size=cases)
+
+
+def test_a_batch_that_no_memory_holds_is_refused_with_its_cure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["scaling", "--preset", "nano", "--steps", "1", "--batch-size", str(10**12), "--json"]
+    assert main(words) == 2
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert error["type"] == "DeviceMemoryError"
+    assert "--batch-size 1" in error["message"]
 
 
 def test_the_command_ends_with_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from mdf_sdk.errors import DeviceMemoryError
 from mdf_sdk.extras import import_extra
 from mdf_training.arguments import add_json
 
@@ -26,9 +27,19 @@ def run_scaling(args: argparse.Namespace) -> int:
     """Measure, and let the first process print."""
     processes = import_extra("mdf_training.distributed", "training").Processes.join()
     scaling = import_extra("mdf_training.scaling", "training")
-    report = scaling.measure_scaling(
-        args.preset, processes, steps=args.steps, batch_size=args.batch_size
-    )
+    try:
+        report = scaling.measure_scaling(
+            args.preset, processes, steps=args.steps, batch_size=args.batch_size
+        )
+    except RuntimeError as error:  # of a card, and of a processor, which PyTorch has no class for
+        said = str(error)
+        if "out of memory" not in said and "can't allocate memory" not in said:
+            raise
+        raise DeviceMemoryError(
+            f"mdf scaling: found too little memory on {processes.device} for {args.preset} in "
+            f"batches of {args.batch_size or 'the preset'} ({said.splitlines()[0]}), expected "
+            "enough. Try a smaller batch: --batch-size 1"
+        ) from None
     if processes.is_main:
         print(format_scaling(report))
         if args.json:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mdf_sdk.errors import DataError, InputError
+from mdf_sdk.errors import DataError, InputError, StorageError
 from mdf_training.ablation import single_run
 from mdf_training.ablation.commands import add_ablate
 from mdf_training.ablation.runs import (
@@ -24,6 +24,7 @@ from mdf_training.ablation.runs import (
     Setting,
     ablate,
     device_groups,
+    devices,
     plan_runs,
 )
 from mdf_training.ablation.studies import find_studies
@@ -97,6 +98,19 @@ def test_a_study_that_is_given_again_keeps_what_is_finished(tmp_path: Path) -> N
     assert first.started == [run.folder.name for run in runs]
     assert study_fusion(tmp_path, second) == runs
     assert second.started == []
+
+
+def test_a_place_where_no_directory_can_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file.fused-seed0: .*Choose another --out"):
+        study_fusion(tmp_path / "file", Fake())
+
+
+def test_a_damaged_report_is_named_with_its_cure(tmp_path: Path) -> None:
+    (run, *_) = runs = study_fusion(tmp_path, Fake())
+    (run.folder / REPORT).write_text('{"accuracy":')
+    with pytest.raises(InputError, match=r"report\.json: .*Remove .*fused-seed0"):
+        devices(runs)
 
 
 def test_a_checkpoint_that_no_run_can_use_goes(tmp_path: Path) -> None:

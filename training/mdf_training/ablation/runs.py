@@ -27,7 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mdf_sdk.errors import DataError, InputError
+from mdf_sdk.errors import DataError, InputError, StorageError
 from mdf_sdk.extras import import_extra
 from mdf_training.ablation.studies import STUDIES, Study, Variant
 from mdf_training.config import load_preset, set_task
@@ -114,6 +114,7 @@ def ablate(
     Raises:
         InputError: `out` holds a run of other settings.
         DataError: the data cannot be used, or test patients are among those trained on.
+        StorageError: `out` cannot be made.
     """
     if jobs < 1 or processes < 1:
         raise InputError(f"jobs, processes: found {jobs} and {processes}, expected 1 or more")
@@ -128,7 +129,13 @@ def ablate(
     groups = device_groups(processes)
     read = _places(setting)
     for run in waiting:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{run.folder}: {error.strerror}, expected a directory that can be made. Choose "
+                "another --out"
+            ) from None
         write_json(run.folder / RUN, {"settings": run.settings, "read": read})
     start, done = time.monotonic(), len(runs) - len(waiting)
     with closing(_run_all(waiting, jobs, processes, groups, command or run_command)) as ended:
@@ -373,7 +380,13 @@ def devices(runs: Sequence[Run]) -> list[str]:
 
 
 def _report(run: Run) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((run.folder / REPORT).read_text(encoding="utf-8"))
+    path = run.folder / REPORT
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(
+            f"{path}: found something else than a run's report. Remove {run.folder}."
+        ) from None
     return report
 
 
