@@ -36,9 +36,8 @@ def run_scaling(args: argparse.Namespace) -> int:
         if "out of memory" not in said and "can't allocate memory" not in said:
             raise
         raise DeviceMemoryError(
-            f"mdf scaling: found too little memory on {processes.device} for {args.preset} in "
-            f"batches of {args.batch_size or 'the preset'} ({said.splitlines()[0]}), expected "
-            "enough. Try a smaller batch: --batch-size 1"
+            f"found too little memory on {processes.device} for a step of {args.preset} "
+            f"({said.splitlines()[0]}), expected enough. Try a smaller batch: --batch-size 1"
         ) from None
     if processes.is_main:
         print(format_scaling(report))
