@@ -221,8 +221,11 @@ def test_resuming_with_other_settings_names_them(query: str, changed: str, tmp_p
     }
     (out / "trainer.json").write_text(json.dumps(run))
     fusion = dataclasses.replace(load_preset("nano").fusion, query=query)
-    with pytest.raises(CheckpointError, match=rf"other settings \({changed}data, rows\)"):
+    with pytest.raises(CheckpointError, match=rf"other settings \({changed}data, rows\)") as told:
         train("nano", "synthetic:41:1", out, recipe=one_of_two, fusion=fusion, resume=True)
+    assert f'"data": "{DATA}"' in str(told.value)
+    assert "mask_kinds" not in str(told.value)  # what is the same is no news
+    assert "Give that again with --resume" in str(told.value)
 
 
 def test_resuming_where_nothing_was_interrupted_is_refused(
@@ -230,6 +233,13 @@ def test_resuming_where_nothing_was_interrupted_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match="no unfinished run"):
         train("nano", DATA, unbroken[0], recipe=RECIPE, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_resuming_from_a_damaged_state_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="no unfinished run"):
+        train("nano", DATA, tmp_path, recipe=RECIPE, resume=True)
 
 
 def test_a_directory_that_is_taken_is_refused(unbroken: tuple[Path, dict[str, Any]]) -> None:

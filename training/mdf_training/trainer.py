@@ -239,15 +239,17 @@ def _check_same(out: Path, run: Mapping[str, Any]) -> None:
     """Refuse to resume what is no unfinished run of these settings."""
     try:
         saved = json.loads((out / TRAINER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        different = [key for key in run if json.loads(json.dumps(run[key])) != saved.get(key)]
+    except (OSError, ValueError, AttributeError):
         raise CheckpointError(
             f"{out}: found no unfinished run, expected {TRAINER}. Start one without --resume."
         ) from None
-    different = [key for key in run if json.loads(json.dumps(run[key])) != saved.get(key)]
     if different:
+        started = {key: saved.get(key) for key in different}
         raise CheckpointError(
             f"{out}: found a run with other settings ({', '.join(different)}), expected the same. "
-            f"It was started with {json.dumps(saved)}"
+            f"It was started with {json.dumps(started)}. Give that again with --resume, or "
+            "choose another --out without it."
         )
 
 
