@@ -19,6 +19,12 @@ def machine_card(packages: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on; a container's share of their time is not seen."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on Windows or macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

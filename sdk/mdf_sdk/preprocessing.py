@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops
 
+from mdf_sdk.machine import usable_cores
 from mdf_sdk.manifest import ImageSpec
 
 Picture = npt.NDArray[np.uint8]
@@ -202,7 +203,7 @@ def _empty_pixels(*sides_px: int) -> list[Pixels]:
 @functools.cache
 def _beside(process: int) -> ThreadPoolExecutor:
     """Threads of this process: a forked one has none of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), f"mdf-pixels-{process}")
+    return ThreadPoolExecutor(usable_cores(), f"mdf-pixels-{process}")
 
 
 def _step(width: int, height: int) -> int:

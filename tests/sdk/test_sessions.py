@@ -15,6 +15,7 @@ from mdf_sdk import (
     InputError,
     load_manifest,
 )
+from mdf_sdk.machine import usable_cores
 from mdf_sdk.sessions import Backend, open_backend
 from mdf_sdk.sessions.device_memory import CudaMemory
 
@@ -71,10 +72,16 @@ def test_threads_must_be_positive(toy_engine: Path, threads: int) -> None:
 def test_as_many_predictions_run_as_the_cores_have_threads_for(
     toy_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert open_for(toy_engine).slots == 1
     assert open_for(toy_engine, threads=3).slots == 2
     assert open_for(toy_engine, threads=99).slots == 1
+
+
+def test_without_an_affinity_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # Windows and macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert usable_cores() == 6
 
 
 def test_a_session_gives_every_output_by_name(toy_engine: Path) -> None:

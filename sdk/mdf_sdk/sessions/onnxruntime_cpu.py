@@ -1,6 +1,5 @@
 """ONNX Runtime on the processor: numpy arrays in and out."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mdf_sdk.errors import InputError
-from mdf_sdk.machine import cpu_name
+from mdf_sdk.machine import cpu_name, usable_cores
 from mdf_sdk.manifest import Manifest
 from mdf_sdk.sessions import Array, Tensor, host_memory
 from mdf_sdk.sessions.onnxruntime_load import (
@@ -36,7 +35,7 @@ class OnnxRuntimeCpu:
         self._threads = threads or 0
         self.name = f"onnxruntime {self._runtime.__version__}"
         self.card = cpu_name()
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         self.slots = max(1, cores // (threads or cores))
 
     def files(self, block: str) -> tuple[str, ...]:
