@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from typing import NoReturn
 
-from mdf_sdk.errors import MDFError
+from mdf_sdk.errors import InputError, MDFError
 
 _ORDER = (
     "import-data",
@@ -39,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in broken:
         print(f"mdf {words[0]}: cannot be loaded: {broken[words[0]]}", file=sys.stderr)
         return 2
-    args = parser.parse_args(words)
     try:
+        args = parser.parse_args(words)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
     except MDFError as error:
-        print(f"mdf {args.command}: {error}", file=sys.stderr)
-        if getattr(args, "json", False):
+        print(f"{' '.join(['mdf', *words[:1]])}: {error}", file=sys.stderr)
+        if "--json" in words:
             document = {"error": {"type": type(error).__name__, "message": str(error)}}
             print(json.dumps(document))
         return 2
@@ -59,9 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """What it cannot read is an error like any other; its commands' parsers are of this class."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise InputError(f"{message}. See what there is: {self.prog} --help")
+
+
 def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, str]]:
     """Make the parser of all commands that load; of the others, return the reason by name."""
-    parser = argparse.ArgumentParser(prog="mdf", description="Train, export and run MDF-MLLM.")
+    parser = _Parser(prog="mdf", description="Train, export and run MDF-MLLM.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     found = {entry.name: entry for entry in entry_points(group="mdf.commands")}
     names = [name for name in _ORDER if name in found] + sorted(found.keys() - set(_ORDER))

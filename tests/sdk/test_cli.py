@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,21 @@ def test_a_broken_package_takes_no_other_command_away(
     for name in ("absent", "wrong"):
         assert main([name, "--any", "words"]) == 2
         assert f"mdf {name}: cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["no-such-command"], ["info"], ["info", "engine", "--no-such"]])
+def test_words_that_cannot_be_read_are_an_error_like_any_other(
+    entry_points_file: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "usage: mdf" in said.err
+    assert "--help" in said.err.splitlines()[-1]
+    assert main([*words, "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] == "InputError"
+    assert error["message"] in said.err
 
 
 def test_an_interrupt_ends_with_130(
