@@ -184,7 +184,8 @@ class MDFClassifier:
             InputError: names the case, counted from 0.
             BusyError, BackendRunError, ClosedError: as `predict`; there is no partial result.
         """
-        if isinstance(images, str | bytes | os.PathLike) or isinstance(texts, str):
+        alone = isinstance(images, str | bytes | os.PathLike) or isinstance(texts, str)
+        if alone or not (isinstance(images, Iterable) and isinstance(texts, Iterable)):
             raise InputError("predict_batch: found one image or one text, expected a list of each")
         images, texts = list(images), list(texts)
         if len(images) != len(texts):
@@ -246,6 +247,8 @@ class MDFClassifier:
                         "only the batch to be free. Export it again: mdf export CHECKPOINT ENGINE"
                     )
                 tensors[spec.name] = np.zeros((1, tokens, width), np.float32)
+        if not texts:
+            raise InputError("text_only_scores: found no texts, expected at least one")
         scores: list[Scores] = []
         for text in [self._engine.prompt.encode(text) for text in texts]:
             with self._admission.enter(again=bool(scores)):
@@ -261,6 +264,11 @@ class MDFClassifier:
         Returns:
             float32 (B, F): the vision states' average, then that of every U-Net feature map.
         """
+        if len(tower_pixels) != len(unet_pixels) or len(tower_pixels) == 0:
+            raise InputError(
+                f"image_features: found {len(tower_pixels)} and {len(unet_pixels)} pixel tensors, "
+                "expected as many of both, and at least one"
+            )
         features = []
         for i in range(len(tower_pixels)):
             one = slice(i, i + 1)

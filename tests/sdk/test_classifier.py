@@ -406,6 +406,21 @@ def test_a_batch_takes_any_iterables(classifier: MDFClassifier, photograph: Pict
     assert len(predictions) == 2
 
 
+def test_a_photograph_in_place_of_a_list_is_refused(
+    classifier: MDFClassifier, photograph: Picture
+) -> None:
+    with pytest.raises(InputError, match="expected a list of each"):
+        classifier.predict_batch(Image.fromarray(photograph), ["a"])  # type: ignore[arg-type]
+
+
+def test_nothing_to_score_is_refused(classifier: MDFClassifier, photograph: Picture) -> None:
+    tower, unet = to_pixels(photograph, classifier.manifest.image)
+    with pytest.raises(InputError, match="found no texts"):
+        classifier.text_only_scores([])
+    with pytest.raises(InputError, match="found 0 and 1 pixel tensors"):
+        classifier.image_features(tower[None][:0], unet[None])
+
+
 def test_scoring_as_many_texts_as_pictures_is_demanded(
     classifier: MDFClassifier, photograph: Picture
 ) -> None:
