@@ -122,17 +122,12 @@ def _check_files(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> list[dict[str, Any]]:
     from mdf_benchmarks.latency.compare import expect_whole, load_report
-    from mdf_benchmarks.latency.page import format_page
     from mdf_benchmarks.latency.text import format_report
 
     report = load_report(args.report)
-    with expect_whole(args.report):  # before anything is written
-        format_report(report)
-        page = format_page(report) if args.html else ""
-    if args.out:
-        _write(args.out, _to_json(report) + "\n")
-    if args.html:
-        _write(args.html, page)
+    with expect_whole(args.report):
+        format_report(report)  # what it cannot print is not written either
+        _save(args, [report])
     return [report]
 
 
@@ -194,10 +189,11 @@ def _save(args: argparse.Namespace, reports: Sequence[dict[str, Any]]) -> None:
     from mdf_benchmarks.latency.page import format_page
 
     for report in reports:
+        page = format_page(report) if args.html else ""  # if it fails, nothing is written
         if args.out:
             _write(_name(args.out, report, args), _to_json(report) + "\n")
         if args.html:
-            _write(_name(args.html, report, args), format_page(report))
+            _write(_name(args.html, report, args), page)
 
 
 def _name(path: Path, report: dict[str, Any], args: argparse.Namespace) -> Path:

@@ -5,7 +5,6 @@ which measures a card, neither stands in the engine's memory nor on its card.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+
+from mdf_sdk.machine import usable_cores
 
 _REPEATS = 5
 _HOST_COPY_BYTES = 2**28
@@ -53,7 +54,7 @@ def measure_rates(device: str) -> dict[str, Any]:
 
 def _host_rates() -> dict[str, Any]:
     """All cores: one copies not as fast as all do."""
-    workers = os.cpu_count() or 1
+    workers = usable_cores()
     source = np.ones(_HOST_COPY_BYTES // 4, np.float32)
     target = np.empty_like(source)
     parts = list(zip(np.array_split(target, workers), np.array_split(source, workers), strict=True))
