@@ -76,6 +76,16 @@ def int4_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def w8a8_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in w8a8; not to be changed."""
+    from mdf_export import build_engine
+
+    engine = tmp_path_factory.mktemp("engines") / "w8a8"
+    build_engine(tiny_checkpoint, engine, "w8a8")
+    return engine
+
+
+@pytest.fixture(scope="session")
 def skip_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint with two skips that ask: its layers read 64 and 37 states in turn."""
     folder = tmp_path_factory.mktemp("checkpoints") / "skip"

@@ -23,8 +23,8 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--precision",
         required=True,
-        choices=("int4", "int8", "fp16", "fp32"),
-        help="of the language model and the fusion",
+        choices=("int4", "int8", "fp16", "fp32", "w8a8"),
+        help="of the language model and the fusion; w8a8: of the vision tower too, for processors",
     )
     parser.add_argument(
         "--vision-precision",

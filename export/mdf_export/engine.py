@@ -90,6 +90,11 @@ def build_engine(
             f"{checkpoint_dir}/provenance.json: found no notice, expected the text that is printed "
             'with every result, such as "Not for clinical use."'
         )
+    if gptq_checkpoint and recipe.precision == "w8a8":
+        raise InputError(
+            "precision: found w8a8 with a GPTQ checkpoint, whose weights have scales of their own, "
+            "expected int4 or int8. Leave --gptq-checkpoint out, or choose --precision int4"
+        )
     given = GptqCheckpoint(Path(gptq_checkpoint)) if gptq_checkpoint else None
     plan = plan_engine(checkpoint.config, checkpoint.tokenizer_json, recipe)
     check_disk(plan, recipe, engine_dir)
@@ -184,7 +189,7 @@ def _quantization(recipe: ExportRecipe) -> QuantizationSpec:
     calibration = f"{recipe.calibration_cases} of {recipe.calibration}"
     return QuantizationSpec(
         recipe.method,
-        recipe.block_size,
+        0 if recipe.precision == "w8a8" else recipe.block_size,
         calibration if recipe.method == "gptq" else "",
         dict(recipe.kept),
     )
@@ -202,11 +207,11 @@ def _check_targets(targets: Sequence[Target], recipe: ExportRecipe) -> list[Pack
         if package.replace("_", "-") in targets:
             import_compiler(package)
             packages.append(package)
-    if packages and recipe.precision == "fp32":
+    if packages and recipe.float_type == "float32":
         raise InputError(
-            f"precision: found fp32 with the target {', '.join(targets)}, expected fp16, int8 or "
-            "int4: TensorRT has no kernel for float32 attention. Leave --target out, or choose "
-            "--precision fp16"
+            f"precision: found {recipe.precision} with the target {', '.join(targets)}, expected "
+            "fp16, int8 or int4: TensorRT has no kernel for float32 attention. Leave --target out, "
+            "or choose --precision fp16"
         )
     return packages
 

@@ -13,7 +13,13 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from mdf_export.quantize import Float8Weight, QuantizedWeight, pack_int4
+from mdf_export.quantize import (
+    W8A8_ROW_LEVELS,
+    Float8Weight,
+    QuantizedWeight,
+    W8A8Weight,
+    pack_int4,
+)
 from mdf_export.residual_norms import fuse_residual_norms
 from mdf_sdk.manifest import FUSED_SUFFIX, TensorSpec
 
@@ -23,14 +29,17 @@ INLINE_BYTES = 1024  # shapes, indices and scalars stay in the graph
 ALIGNMENT = 4096  # of external tensors, so that a runtime can memory-map them
 
 FloatType = Literal["float32", "float16"]
-Weight = Tensor | QuantizedWeight | Float8Weight
+Weight = Tensor | QuantizedWeight | Float8Weight | W8A8Weight
 DTYPES: dict[str, int] = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "int64": TensorProto.INT64,
+    "uint8": TensorProto.UINT8,
     "bool": TensorProto.BOOL,
 }
 _INTEGERS = {4: TensorProto.INT4, 8: TensorProto.INT8}
+_ZERO = np.array(128, np.uint8)  # of rounded rows, unsigned: processors multiply unsigned by signed
+_LEAST_SCALE = 1e-10  # of a row of zeros
 
 
 class GraphBuilder:
@@ -67,6 +76,7 @@ class GraphBuilder:
         self._outputs: list[TensorSpec] = []
         self._scope = f"/{name}"
         self._taken: dict[str, int] = {}
+        self._rounded_rows: dict[str, tuple[str, str]] = {}
         self._data: BinaryIO | None = None
         if folder is not None:
             self._data = (folder / f"{name}.onnx.data").open("wb")
@@ -232,6 +242,8 @@ class GraphBuilder:
 
     def _matmul(self, x: str, weight: Weight) -> str:
         """x @ weight.T, whatever the weight is stored as."""
+        if isinstance(weight, W8A8Weight):
+            return self._w8a8_product(x, weight)
         if isinstance(weight, QuantizedWeight):
             x, matrix = self._integer_matrix(x, weight)
         elif isinstance(weight, Float8Weight):
@@ -248,6 +260,28 @@ class GraphBuilder:
         scales = self.constant(weight.scales, "scales")
         matrix = self.op("DequantizeLinear", codes, scales, axis=0, block_size=weight.block_size)
         return x, matrix
+
+    def _w8a8_product(self, x: str, weight: W8A8Weight) -> str:
+        """A product of 8-bit integers, summed in 32 bits, then scaled by column and by row."""
+        rows, row_scales = self._round_rows(x)
+        codes = self._initializer("weight", TensorProto.INT8, weight.codes)
+        sums = self.op("MatMulInteger", rows, codes, self.constant(_ZERO))
+        y = self.op("Cast", sums, to=DTYPES[self.float_type])
+        y = self.op("Mul", y, self.constant(weight.scales, "scales"))
+        return self.name_output(self.op("Mul", y, row_scales), "MatMul")
+
+    def _round_rows(self, x: str) -> tuple[str, str]:
+        """x as uint8 around _ZERO, and the scale of each row; once for all products that read x."""
+        if x not in self._rounded_rows:
+            largest = self.op("ReduceMax", self.op("Abs", x), self.ints(-1))
+            scales = self.op("Mul", largest, self.constant(np.float32(1 / W8A8_ROW_LEVELS)))
+            scales = self.op("Add", scales, self.constant(np.float32(_LEAST_SCALE)))
+            steps = self.op("Div", x, scales)
+            rows = self.op(
+                "QuantizeLinear", steps, self.constant(np.float32(1)), self.constant(_ZERO)
+            )
+            self._rounded_rows[x] = rows, scales
+        return self._rounded_rows[x]
 
     def _float8_matrix(self, x: str, weight: Float8Weight) -> tuple[str, str]:
         """Input and weight through FLOAT8E4M3FN, the form that TensorRT compiles to FP8."""
@@ -303,6 +337,13 @@ def join_weights(weights: Sequence[Weight]) -> Weight | None:
             return None
         codes, scales = ([getattr(w, part) for w in quantized] for part in ("codes", "scales"))
         return QuantizedWeight(torch.cat(codes, dim=1), torch.cat(scales, dim=1), first.bits)
+    if isinstance(first, W8A8Weight):
+        w8a8 = [w for w in weights if isinstance(w, W8A8Weight)]
+        if len(w8a8) < len(weights):
+            return None
+        return W8A8Weight(
+            torch.cat([w.codes for w in w8a8], dim=1), torch.cat([w.scales for w in w8a8])
+        )
     dense = [w for w in weights if isinstance(w, Tensor)]
     return torch.cat(dense) if len(dense) == len(weights) else None
 

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 BITS = {"int4": 4, "int8": 8}
+# Levels of W8A8 on either side of zero. Processors without VNNI add two products of an unsigned and
+# a signed byte in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 would not, and would be clipped unseen.
+W8A8_ROW_LEVELS, W8A8_WEIGHT_LEVELS = 127, 64
 # Shrinkages of a group's widest scale that a search tries: clipping an outlier can pay, and where
 # one feature's activations dwarf the others', the scale that suits it can be far smaller.
 SHRINKAGES = torch.linspace(1.0, 0.2, 33)
@@ -53,6 +56,35 @@ class Float8Weight:
     codes: Tensor
     scales: Tensor
     input_scale: float
+
+
+@dataclass(frozen=True)
+class W8A8Weight:
+    """A weight (K, N) in INT8 whose input is rounded to INT8 as well, when the engine runs.
+
+    Each row of the input and each output feature of the weight has a scale of its own (ZeroQuant,
+    Yao et al., 2022).
+
+    Attributes:
+        codes: int8 (K, N) in [-64, 64].
+        scales: float32 (N,), positive.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
+def to_w8a8(weight: Tensor) -> W8A8Weight:
+    """Round a weight (N, K) to the nearest of 129 levels for each output feature."""
+    scales = w8a8_scales(weight)
+    codes = (weight.float() / scales[:, None]).round().T.contiguous()
+    return W8A8Weight(codes.to(torch.int8), scales)
+
+
+def w8a8_scales(weight: Tensor) -> Tensor:
+    """Return the scales (N,) that clip nothing of a weight (N, K)."""
+    scales = weight.float().abs().amax(dim=1) / W8A8_WEIGHT_LEVELS
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
 def to_float8(weight: Tensor, input_max: float) -> Float8Weight:

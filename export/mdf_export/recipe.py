@@ -9,7 +9,9 @@ from mdf_sdk.errors import InputError
 from mdf_sdk.manifest import Precision, QuantizationMethod
 
 BLOCK_SIZES = (32, 64, 128)
-VISION_PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+VISION_PRECISIONS = ("fp16", "int8", "fp8")
+# With activations in float32, and the vision tower in the same precision.
+_WHOLE = ("fp32", "w8a8")
 QUANTIZED_BLOCKS = ("fusion", "decoder")
 
 
@@ -18,11 +20,13 @@ class ExportRecipe:
     """How an engine is made.
 
     Attributes:
-        precision: of the language model and the fusion: "fp32", "fp16", "int8" or "int4".
+        precision: of the language model and the fusion: "fp32", "fp16", "int8", "int4", or for
+            processors "w8a8", the vision tower's too.
         vision_precision: of the vision tower: "fp16"; "int8", weight-only; or "fp8", Q/DQ, for
             cards of compute capability 8.9 on. By default "int8" beside "int4", and "fp16" beside
-            the others; "fp32" where the engine's precision is.
-        method: "gptq", calibrated through the fused forward; or "rtn", round to nearest.
+            the others; what the engine's is where that is "fp32" or "w8a8".
+        method: "gptq", calibrated through the fused forward; or "rtn", round to nearest, which
+            is all there is for "w8a8".
         block_size: weights along K that share a scale: 32, 64 or 128.
         act_order: GPTQ takes the input features by falling energy.
         search: scales of least squared error, instead of those that clip nothing.
@@ -44,14 +48,15 @@ class ExportRecipe:
 
     def __post_init__(self) -> None:
         """Raise InputError for a value that no export can use."""
-        if self.precision == "fp32":
-            object.__setattr__(self, "vision_precision", "fp32")
-        elif self.vision_precision is None:
-            default = "int8" if self.precision == "int4" else "fp16"
-            object.__setattr__(self, "vision_precision", default)
+        whole = self.precision in _WHOLE
+        if self.vision_precision is None:
+            narrow = "int8" if self.precision == "int4" else "fp16"
+            object.__setattr__(self, "vision_precision", self.precision if whole else narrow)
+        if self.precision == "w8a8":
+            object.__setattr__(self, "method", "rtn")
         choices: tuple[tuple[str, tuple[Any, ...]], ...] = (
-            ("precision", ("fp32", "fp16", "int8", "int4")),
-            ("vision_precision", VISION_PRECISIONS),
+            ("precision", ("fp32", "fp16", "int8", "int4", "w8a8")),
+            ("vision_precision", (self.precision,) if whole else VISION_PRECISIONS),
             ("method", get_args(QuantizationMethod)),
             ("block_size", BLOCK_SIZES),
         )
@@ -64,12 +69,12 @@ class ExportRecipe:
     @property
     def float_type(self) -> FloatType:
         """Of activations, and of weights that are not quantized."""
-        return "float32" if self.precision == "fp32" else "float16"
+        return "float32" if self.precision in _WHOLE else "float16"
 
     @property
     def quantizes(self) -> bool:
         """Whether the language model's matrices become integers."""
-        return self.precision in ("int8", "int4")
+        return self.precision in ("int8", "int4", "w8a8")
 
     @property
     def calibrates(self) -> bool:
@@ -82,7 +87,7 @@ class ExportRecipe:
             return self.precision
         if block == "vision" and self.vision_precision is not None:
             return self.vision_precision
-        return "fp32" if self.precision == "fp32" else "tf32"
+        return "fp32" if self.precision in _WHOLE else "tf32"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

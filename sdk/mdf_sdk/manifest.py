@@ -33,7 +33,8 @@ FORMAT_VERSION = 3
 TrustedKey = str | os.PathLike[str] | bytes
 
 # "tf32": float32, but a card may round what convolutions and products multiply to 10 bits.
-Precision = Literal["fp32", "tf32", "fp16", "fp8", "int8", "int4"]
+# "int8", "int4": weights alone; "w8a8": weights and what they are multiplied with, on processors.
+Precision = Literal["fp32", "tf32", "fp16", "fp8", "int8", "int4", "w8a8"]
 QuantizationMethod = Literal["none", "rtn", "gptq"]
 BLOCKS = ("vision", "unet_encoder", "fusion", "decoder", "unet_decoder")
 
@@ -111,7 +112,7 @@ class QuantizationSpec:
 
     Attributes:
         method: "none"; "rtn", round to nearest; "gptq" (Frantar et al., 2022).
-        block_size: weights along K that share a scale.
+        block_size: weights along K that share a scale; 0 where all do, or none has one.
         calibration: the cases that GPTQ saw, such as "synthetic:64:5"; empty without GPTQ.
         kept: linears that were left in another precision than their block's, by name.
     """

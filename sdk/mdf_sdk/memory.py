@@ -19,7 +19,9 @@ _BYTES_PER_WEIGHT: dict[Precision, float] = {  # integers with their scales, in 
     "fp8": 1.0,
     "int8": 1.0625,
     "int4": 0.5625,
+    "w8a8": 1.0,
 }
+_FLOAT32_ACTIVATIONS: tuple[Precision, ...] = ("fp32", "tf32", "w8a8")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,15 @@ class _Costs:
 # (docs/results/sdk-gpu.md). Not measured: fp8 on the CPU, taken as float32; tensorrt.
 _COSTS = {
     "cpu": _Costs(
-        weights={"fp32": 1.05, "tf32": 1.05, "fp16": 2.6, "fp8": 4.2, "int8": 1.9, "int4": 2.1},
+        weights={
+            "fp32": 1.05,
+            "tf32": 1.05,
+            "fp16": 2.6,
+            "fp8": 4.2,
+            "int8": 1.9,
+            "int4": 2.1,
+            "w8a8": 1.3,
+        },
         live=2.5,
         overhead_bytes=35_000_000,
         overhead="libraries",
@@ -134,7 +144,7 @@ def plan_memory(
     costs = _COSTS[device]
     live = {}
     for name, block in blocks.items():
-        narrow = _BYTES_PER_WEIGHT[block.precision] < 4
+        narrow = block.precision not in _FLOAT32_ACTIVATIONS
         widening = 2 if costs.widens and narrow else 1
         live[name] = round(costs.live * widening * slots * block.activation_bytes)
     kept = [spec for name in _IMAGE_BLOCKS for spec in blocks[name].outputs]
@@ -173,7 +183,7 @@ def check_memory(manifest: Manifest, backend: Backend) -> None:
 
 def _cure(manifest: Manifest, backend: Backend, plan: MemoryPlan, free: int, total: int) -> str:
     smallest, least = manifest.precision, plan.total_bytes
-    for precision in _coarser(manifest):
+    for precision in _coarser(manifest, backend.device):
         needed = _in_precision(manifest, precision, backend).total_bytes
         if needed <= free:
             return (
@@ -190,9 +200,11 @@ def _cure(manifest: Manifest, backend: Backend, plan: MemoryPlan, free: int, tot
     return f"{found}. Take {where}"
 
 
-def _coarser(manifest: Manifest) -> tuple[Precision, ...]:
+def _coarser(manifest: Manifest, device: str) -> tuple[Precision, ...]:
     own = _BYTES_PER_WEIGHT[manifest.precision]
-    choices: tuple[Precision, ...] = ("fp16", "int8", "int4")
+    choices: tuple[Precision, ...] = (
+        ("w8a8", "int4") if device == "cpu" else ("fp16", "int8", "int4")
+    )
     return tuple(precision for precision in choices if _BYTES_PER_WEIGHT[precision] < own)
 
 
@@ -200,13 +212,14 @@ def _in_precision(manifest: Manifest, precision: Precision, backend: Backend) ->
     """Estimate the same model in another precision from this engine's own bytes."""
     stored, blocks = dict(_stored_bytes(manifest, backend.device)), dict(manifest.blocks)
     # As `mdf export` chooses by default; the U-Net is stored as float32 in every engine.
-    vision: Precision = "int8" if precision == "int4" else "fp16"
+    visions: dict[Precision, Precision] = {"int4": "int8", "w8a8": "w8a8"}
+    vision = visions.get(precision, "fp16")
     for name, wanted in (("vision", vision), ("fusion", precision), ("decoder", precision)):
         block = blocks[name]
         ratio = _BYTES_PER_WEIGHT[wanted] / _BYTES_PER_WEIGHT[block.precision]
         if ratio < 1:
-            narrowing = 2 if block.precision == "fp32" else 1  # its tensors become float16
-            live = block.activation_bytes // narrowing
+            wide = block.precision in _FLOAT32_ACTIVATIONS and wanted not in _FLOAT32_ACTIVATIONS
+            live = block.activation_bytes // (2 if wide else 1)  # its tensors become float16
             blocks[name] = replace(block, precision=wanted, activation_bytes=live)
             stored[name] = round(ratio * stored[name])
     return plan_memory(blocks, stored, backend.device, slots=backend.slots)

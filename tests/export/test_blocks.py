@@ -16,6 +16,8 @@ from mdf_export.blocks import build_block, read_spec
 from mdf_export.blocks.source import BlockSource
 from mdf_export.calibration import QuantizedStore, calibrate
 from mdf_export.golden import reference_tensors
+from mdf_export.graph import GraphBuilder
+from mdf_export.quantize import to_w8a8
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.manifest import BLOCKS, BlockSpec
@@ -23,14 +25,24 @@ from mdf_training.checkpoint import load_checkpoint, save_checkpoint
 from mdf_training.data.synthetic import SyntheticData
 
 # Largest relative L2 error of any block output on the tiny checkpoint, rounded to nearest. Measured
-# on two CPU cores: fp32 4e-7; fp16 8e-4; int8 2e-2; fp8 2e-3; int4 1.4e-1 (fusion), 9e-2 (decoder).
-TOLERANCE = {"fp32": 1e-4, "tf32": 1e-4, "fp16": 3e-3, "int8": 3e-2, "fp8": 1e-2, "int4": 2e-1}
+# on two CPU cores: fp32 4e-7; fp16 8e-4; int8 2e-2; fp8 2e-3; w8a8 2e-2; int4 1.4e-1 (fusion), 9e-2
+# (decoder).
+TOLERANCE = {
+    "fp32": 1e-4,
+    "tf32": 1e-4,
+    "fp16": 3e-3,
+    "int8": 3e-2,
+    "fp8": 1e-2,
+    "w8a8": 3e-2,
+    "int4": 2e-1,
+}
 RECIPES = {
     "fp32": ExportRecipe("fp32"),
     "fp16": ExportRecipe("fp16"),
     "int8": ExportRecipe("int8", "int8", method="rtn"),
     "fp8": ExportRecipe("fp16", "fp8", calibration_cases=8),
     "int4": ExportRecipe("int4", method="rtn"),
+    "w8a8": ExportRecipe("w8a8"),
 }
 # One short and one long text, alone and together: padding, batch and length are all free
 # dimensions.
@@ -117,6 +129,27 @@ def test_a_block_gives_what_pytorch_gives(
         assert found.shape == expected.shape
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
         assert error <= TOLERANCE[spec.precision], name
+
+
+def test_in_w8a8_a_row_is_rounded_by_its_own_scale(tmp_path: Path) -> None:
+    """Neither a row a million times as large nor a row of zeros beside it changes a row."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32)
+    with GraphBuilder(tmp_path, "product", "float32", lambda x: to_w8a8(x.weight)) as g:
+        y = g.linear(g.input("x", ("B", "T", 64)), "linear", linear)
+        g.output("y", y, ("B", "T", 32))
+        g.save()
+    session = onnxruntime.InferenceSession(tmp_path / "product.onnx")
+    rows = torch.randn(1, 5, 64)
+    with torch.no_grad():
+        expected = linear(rows).numpy()
+    (alone,) = session.run(["y"], {"x": rows.numpy()})
+    assert np.linalg.norm(alone - expected) / np.linalg.norm(expected) < 0.02
+    rows[0, 1] *= 1e6
+    rows[0, 2] = 0
+    (beside,) = session.run(["y"], {"x": rows.numpy()})
+    assert (beside[0, [0, 3, 4]] == alone[0, [0, 3, 4]]).all()
+    assert (beside[0, 2] == linear.bias.detach().numpy()).all()
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,14 @@ def test_an_engine_scores_as_its_checkpoint_does(kind: str, request: pytest.Fixt
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("tiny", "fp32"), ("tiny", "fp16"), ("tiny", "int8"), ("tiny", "int4"), ("skip", "int4")],
+    [
+        ("tiny", "fp32"),
+        ("tiny", "fp16"),
+        ("tiny", "int8"),
+        ("tiny", "int4"),
+        ("tiny", "w8a8"),
+        ("skip", "int4"),
+    ],
 )
 def test_a_fresh_engine_verifies(
     kind: str, precision: Precision, request: pytest.FixtureRequest, tmp_path: Path
@@ -97,7 +104,9 @@ def test_a_target_that_is_taken_is_refused_and_kept(tiny_checkpoint: Path, tmp_p
 def test_an_unknown_precision_is_refused_with_the_known_ones(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="found 'int3', expected one of fp32, fp16, int8, int4"):
+    with pytest.raises(
+        InputError, match="found 'int3', expected one of fp32, fp16, int8, int4, w8a8"
+    ):
         build_engine(tiny_checkpoint, tmp_path / "engine", "int3")  # type: ignore[arg-type]
 
 
@@ -109,7 +118,7 @@ def test_a_folder_without_a_checkpoint_is_refused_with_the_command_that_makes_on
     assert not (tmp_path / "engine").exists()
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int4"])
+@pytest.mark.parametrize("recipe", ["fp32", "int4", "w8a8"])
 def test_two_exports_hold_the_same_bytes(
     tiny_checkpoint: Path, tmp_path: Path, recipe: Precision
 ) -> None:
@@ -290,7 +299,8 @@ def test_too_small_a_calibration_set_is_refused_and_nothing_is_left(
     ("target", "precision", "error", "words"),
     [
         ("tensorrt", "int4", MissingExtraError, "tensorrt"),
-        ("tensorrt-rtx", "fp32", InputError, "expected fp16, int8 or int4"),
+        ("tensorrt-rtx", "fp32", InputError, "found fp32 .* expected fp16, int8 or int4"),
+        ("tensorrt-rtx", "w8a8", InputError, "found w8a8 .* expected fp16, int8 or int4"),
         ("cuda", "int4", InputError, "found cuda, expected some of onnx, tensorrt-rtx, tensorrt"),
     ],
 )
@@ -392,6 +402,12 @@ def test_weights_that_gptq_quantized_already_are_taken_as_they_are(
     decoder = compare_graphs(tmp_path / "e", load_manifest(tmp_path / "e"), checkpoint)["decoder"]
     assert decoder.nodes == ()
     assert max(constant.relative_l2 for constant in decoder.constants) < 0.2
+
+
+def test_gptq_weights_are_not_for_w8a8(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found w8a8 with a GPTQ checkpoint"):
+        build_engine(tiny_checkpoint, tmp_path / "e", "w8a8", gptq_checkpoint=tmp_path / "gptq")
+    assert files_below(tmp_path) == []
 
 
 def test_gptq_weights_of_another_model_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

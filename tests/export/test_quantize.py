@@ -14,6 +14,7 @@ from mdf_export.quantize import (
     pack_int4,
     round_to_nearest,
     search_scales,
+    to_w8a8,
     unpack_int4,
     widest_scales,
 )
@@ -53,6 +54,19 @@ def test_codes_and_scales_are_what_an_engine_can_store(
         assert int(quantized.codes.max()) < 2 ** (bits - 1)
         assert torch.equal(quantized.scales.half().float(), quantized.scales)
         assert quantized.block_size == BLOCK
+
+
+@given(float_arrays(1e3))
+def test_w8a8_is_off_by_at_most_half_a_scale_and_fits_16_bits(
+    array: npt.NDArray[np.float32],
+) -> None:
+    weight = torch.from_numpy(array)
+    rounded = to_w8a8(weight)
+    assert (rounded.scales > 0).all()
+    error = (rounded.codes.double() * rounded.scales - weight.double().T).abs()
+    assert (error <= 0.5001 * rounded.scales).all()
+    # Of two products with an unsigned byte.
+    assert 2 * 255 * int(rounded.codes.abs().max()) < 2**15
 
 
 @given(st.integers(0, 2**32 - 1))

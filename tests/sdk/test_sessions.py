@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def test_a_device_that_was_asked_for_is_never_another(
     without_a_card(monkeypatch)
     with pytest.raises(BackendUnavailableError):
         open_for(toy_engine, device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_an_engine_for_processors_is_refused_by_a_card_before_anything_is_loaded(
+    toy_engine: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(CudaMemory, "__init__", lambda _: pytest.fail("looked for a card"))
+    manifest = replace(load_manifest(toy_engine), precision="w8a8")
+    with pytest.raises(BackendUnavailableError, match=r"found an engine in w8a8.*--precision int4"):
+        open_backend(device, toy_engine, manifest)
+    assert open_backend("cpu", toy_engine, manifest).device == "cpu"
 
 
 def test_an_unknown_device_lists_the_known_ones(toy_engine: Path) -> None:

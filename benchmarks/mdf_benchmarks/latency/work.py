@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-_PRODUCTS = ("MatMul", "Conv", "Attention")
+_PRODUCTS = ("MatMul", "MatMulInteger", "Conv", "Attention")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _node_flop(node: "NodeProto", shapes: Mapping[str, Shape]) -> int:
             )
         return 0
     output = prod(shapes[node.output[0]])
-    if node.op_type == "MatMul":
+    if node.op_type in ("MatMul", "MatMulInteger"):
         return 2 * output * shapes[node.input[0]][-1]
     if node.op_type == "Conv":
         return 2 * output * prod(shapes[node.input[1]][1:])

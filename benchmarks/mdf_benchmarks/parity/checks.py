@@ -83,6 +83,7 @@ CONSTANT_TOLERANCES = {
     "float": ConstantTolerance(1e-3, 1e-3, 0.0),
     "fp8": ConstantTolerance(5e-2, 5e-3, 0.0),
     "int8": ConstantTolerance(3e-2, 5e-3, 1e-2),
+    "w8a8": ConstantTolerance(3e-2, 5e-3, 1e-2),
     "int4": ConstantTolerance(0.25, 1e-2, 5e-2),
 }
 

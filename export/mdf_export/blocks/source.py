@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mdf_export.graph import GraphBuilder, Weight
-from mdf_export.quantize import BITS, QuantizedWeight, round_to_nearest, to_float8
+from mdf_export.quantize import BITS, QuantizedWeight, round_to_nearest, to_float8, to_w8a8
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError
@@ -79,6 +79,8 @@ class BlockSource:
         block_size = self.recipe.block_size
         if precision in BITS and linear.in_features % block_size == 0:
             return round_to_nearest(linear.weight, BITS[precision], block_size)
+        if precision == "w8a8":
+            return to_w8a8(linear.weight)
         if precision == "fp8" and name in self.input_max:
             return to_float8(linear.weight, self.input_max[name])
         return linear.weight

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mdf_export.blocks import build_block
 from mdf_export.blocks.source import BlockSource
-from mdf_export.graph import FloatType, GraphBuilder, Weight
+from mdf_export.graph import GraphBuilder, Weight
+from mdf_export.quantize import W8A8Weight, w8a8_scales
 from mdf_export.recipe import ExportRecipe
 from mdf_export.residual_norms import fuse_residual_norms
 from mdf_export.streaming import StreamedCheckpoint
@@ -36,7 +37,7 @@ _KINDS: dict[int, str] = {
     TensorProto.FLOAT8E4M3FN: "fp8",
 }
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
-_LEVELS = {"int4": (-8, 7), "int8": (-128, 127)}
+_LEVELS = {"int4": (-8, 7), "int8": (-128, 127), "w8a8": (-64, 64)}
 _PARTS = 20  # of the range of steps that gives a gain
 
 
@@ -46,8 +47,8 @@ class ConstantDifference:
 
     Attributes:
         name: in the graph.
-        kind: "int4", "int8" or "fp8", a linear's weight, dequantized; "float", rounded to the
-            graph's float type as the checkpoint's is; "index", shapes and indices; "missing".
+        kind: "int4", "int8", "w8a8" or "fp8", a linear's weight, dequantized; "float", rounded to
+            the graph's float type as the checkpoint's is; "index", shapes and indices; "missing".
         relative_l2: |found - expected| / |expected|, L2 norms; infinite where shapes differ, and
             for an index that is not the expected one.
         gain: the factor on the weights; of integers, see `_judge_codes`, else |found| / |expected|.
@@ -91,7 +92,7 @@ def compare_graphs(
     for block in WRITTEN_BLOCKS:
         graph = onnx.load(engine_dir / manifest.blocks[block].file, load_external_data=False).graph
         tensors = {tensor.name: tensor for tensor in graph.initializer}
-        comparer = _Comparer(block, recipe.float_type, _EngineConstants(engine_dir, tensors))
+        comparer = _Comparer(block, recipe, _EngineConstants(engine_dir, tensors))
         build_block(block, _ComparingSource(checkpoint, recipe, comparer=comparer), None)
         names = _unlike_nodes(graph.node, comparer.nodes)
         fused = manifest.blocks[block].file + FUSED_SUFFIX
@@ -132,11 +133,14 @@ class _Comparer(GraphBuilder):
         differences: from the engine's constants of the same names.
     """
 
-    def __init__(self, name: str, float_type: FloatType, engine: _EngineConstants) -> None:
+    def __init__(self, name: str, recipe: ExportRecipe, engine: _EngineConstants) -> None:
         def whole(linear: nn.Linear) -> Weight:
-            return linear.weight.detach()
+            weight = linear.weight.detach()
+            if recipe.precision == "w8a8":  # its nodes, around a weight that is not rounded
+                return W8A8Weight(weight.T, w8a8_scales(weight))
+            return weight
 
-        super().__init__(None, name, float_type, whole)
+        super().__init__(None, name, recipe.float_type, whole)
         self._engine = engine
         self.differences: list[ConstantDifference] = []
 
@@ -203,6 +207,8 @@ def _compare(engine: _EngineConstants, name: str, value: Tensor) -> ConstantDiff
     if kind != "float":
         scope = name.rsplit("/", 1)[0]
         scales = engine.read(f"{scope}/scales")
+        if kind == "int8" and scales.ndim == 1:
+            kind, scales = "w8a8", scales[None]
         if f"{scope}/order" in engine:
             expected = expected[engine.read(f"{scope}/order").astype(np.int64)]
         if kind in _LEVELS:

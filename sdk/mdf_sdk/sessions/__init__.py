@@ -98,6 +98,12 @@ def open_backend(
         "cuda": lambda: _cuda(engine_dir, manifest, reproducible),
         "cpu": lambda: _cpu(engine_dir, manifest, threads),
     }
+    if manifest.precision == "w8a8" and device in ("tensorrt", "cuda"):
+        raise BackendUnavailableError(
+            f"device {device!r}: found an engine in w8a8, which computes on processors alone, "
+            "expected one in int4 or fp16. Export the checkpoint for a card: mdf export CHECKPOINT "
+            "ENGINE --precision int4"
+        )
     if device not in openers:
         raise BackendUnavailableError(
             f"device: found {device!r}, expected one of {', '.join(DEVICES)}. "

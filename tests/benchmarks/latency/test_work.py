@@ -41,6 +41,20 @@ def test_a_product_with_int4_weights_moves_half_a_byte_for_each(tmp_path: Path) 
     assert work.moved_bytes == 64 * 32 // 2 + 4 * 2 * 32 + 4 * 2 * 5 * (64 + 32)
 
 
+def test_a_product_of_integers_counts_as_one_of_floats(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.ones((64, 32), np.int8), "w")
+    zero = numpy_helper.from_array(np.array(128, np.uint8), "z")
+    one = numpy_helper.from_array(np.array(1, np.float32), "one")
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one", "z"], ["q"]),
+        helper.make_node("MatMulInteger", ["q", "w", "z"], ["i"]),
+        helper.make_node("Cast", ["i"], ["y"], to=FLOAT),
+    ]
+    work = count_work(save(tmp_path, nodes, [weight, zero, one], ["B", "T", 64]), {"B": 2, "T": 5})
+    assert work.flop == 2 * 2 * 5 * 64 * 32
+    assert work.moved_bytes == 64 * 32 + 1 + 4 + 4 * 2 * 5 * (64 + 32)
+
+
 def test_a_grouped_convolution(tmp_path: Path) -> None:
     kernel = numpy_helper.from_array(np.ones((8, 2, 3, 3), np.float16).astype(np.float32), "k")
     nodes = [

@@ -1,6 +1,7 @@
 """mdf_benchmarks.parity.compare: a fault-free pair passes; a planted fault fails where it is."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def failing(parity: Parity) -> set[str]:
     return {check.name for check in parity.checks if not check.ok}
 
 
-@pytest.mark.parametrize("engine", ["tiny_engine", "int4_engine"])
+@pytest.mark.parametrize("engine", ["tiny_engine", "int4_engine", "w8a8_engine"])
 def test_a_fault_free_pair_passes(
     engine: str, reference: Reference, request: pytest.FixtureRequest
 ) -> None:
@@ -93,6 +94,25 @@ def test_int4_weights_scaled_by_2_percent_are_found_and_named(
     assert failing(parity) <= {block, "decisions"}
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("scales", lambda scales: scales * 1.02), ("weight", lambda codes: np.roll(codes, 1, axis=1))],
+    ids=["scales", "columns"],
+)
+def test_w8a8_weights_that_are_not_the_checkpoints_are_found_and_named(
+    part: str,
+    change: Callable[[np.ndarray], np.ndarray],
+    w8a8_engine: Path,
+    reference: Reference,
+    planter: Planter,
+) -> None:
+    scope = "/decoder/layers.2/mlp/down_proj/"
+    faulty = planter.change_constants(
+        w8a8_engine, "decoder", lambda name: name == scope + part, change
+    )
+    assert first(compare_engine(reference, faulty, WIDE)) == ("decoder", f"{scope}weight")
+
+
 def test_int4_groups_shifted_by_one_are_found_and_named(
     int4_engine: Path, reference: Reference, planter: Planter
 ) -> None:
@@ -126,7 +146,7 @@ def test_a_node_that_int4_would_hide_is_named(
     assert failing(parity) <= {"decoder", "decisions"}
 
 
-@pytest.mark.parametrize("engine", ["tiny_engine", "int4_engine"])
+@pytest.mark.parametrize("engine", ["tiny_engine", "int4_engine", "w8a8_engine"])
 def test_a_cross_attention_fed_zeros_is_found_in_its_layer(
     engine: str, reference: Reference, planter: Planter, request: pytest.FixtureRequest
 ) -> None:

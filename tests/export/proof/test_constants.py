@@ -77,6 +77,16 @@ def test_every_form_of_a_weight_is_read(tiny_checkpoint: Path, tmp_path: Path) -
     assert max(abs(gain - 1) for gain in gains) < 5e-3
 
 
+def test_w8a8_is_held_against_the_checkpoint(w8a8_engine: Path, tiny_checkpoint: Path) -> None:
+    found = compare(w8a8_engine, tiny_checkpoint)
+    constants = [constant for block in found.values() for constant in block.constants]
+    assert [block.nodes for block in found.values()] == [(), (), ()]
+    assert {c.kind for c in constants} == {"w8a8", "float", "index"}
+    assert max(c.relative_l2 for c in constants if c.kind == "float") < 1e-6
+    assert max(c.relative_l2 for c in constants if c.kind == "w8a8") < 0.015
+    assert max(abs(c.gain - 1) for c in constants) < 5e-3
+
+
 def test_another_checkpoint_is_told(tiny_engine: Path, tmp_path: Path) -> None:
     import torch
 
