@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from mdf_export.card_graph import to_card_graph
 from mdf_export.quantize import (
     W8A8_ROW_LEVELS,
     Float8Weight,
@@ -20,7 +21,6 @@ from mdf_export.quantize import (
     W8A8Weight,
     pack_int4,
 )
-from mdf_export.residual_norms import fuse_residual_norms
 from mdf_sdk.manifest import FUSED_SUFFIX, TensorSpec
 
 OPSET = 23
@@ -201,7 +201,7 @@ class GraphBuilder:
     def save(self) -> int:
         """Check the graph and write it, whole or not at all; the builder is done then.
 
-        Where there is something to fuse, a fused graph over the same weights is written before it.
+        Where a card has something to gain, its graph over the same weights is written before it.
 
         Returns:
             Bytes of the weights.
@@ -210,9 +210,9 @@ class GraphBuilder:
             return self.weight_bytes
         self._data.close()
         path = self.folder / f"{self.name}.onnx"
-        fused = fuse_residual_norms(self._nodes)
-        if fused != self._nodes:
-            self._write(fused, path.with_name(path.name + FUSED_SUFFIX))
+        for_card = to_card_graph(self._nodes, self.float_type)
+        if for_card != self._nodes:
+            self._write(for_card, path.with_name(path.name + FUSED_SUFFIX))
         self._write(self._nodes, path)
         return self.weight_bytes
 

@@ -252,7 +252,7 @@ class MDFClassifier:
         scores: list[Scores] = []
         for text in [self._engine.prompt.encode(text) for text in texts]:
             with self._admission.enter(again=bool(scores)):
-                scores.append(self._decode(tensors, text, _Clock())[0])
+                scores.append(self._decode(tensors, self._text_tensors(text), _Clock())[0])
         return np.stack(scores)
 
     def image_features(self, tower_pixels: Pixels, unet_pixels: Pixels) -> Pixels:
@@ -293,12 +293,13 @@ class MDFClassifier:
         by_rows = {self._engine.text_rows(length): length for length in lengths}
         tower = np.zeros((1, 3, image.tower_px, image.tower_px), np.float32)
         unet = np.zeros((1, 3, image.unet_px, image.unet_px), np.float32)
+        # The longest first: the memory that it took serves the others.
+        tried = reversed(by_rows.values()) if len(by_rows) < len(lengths) else (1,)
+        texts = [EncodedText((prompt.image_id,) * length, dropped_tokens=0) for length in tried]
         with self._admission.enter():
-            tensors = self._image_tensors(tower, unet, _Clock())
-            # The longest first: the memory that it took serves the others.
-            for length in reversed(by_rows.values()) if len(by_rows) < len(lengths) else (1,):
-                text = EncodedText((prompt.image_id,) * length, dropped_tokens=0)
-                self._decode(tensors, text, _Clock())
+            tensors, _ = self._encode(tower, unet, texts[0], _Clock())
+            for text in texts:
+                self._decode(tensors, self._text_tensors(text), _Clock())
 
     def device_bytes(self) -> int | None:
         """Bytes in use on the card, by all processes; None on the CPU."""
@@ -345,11 +346,11 @@ class MDFClassifier:
         with clock("total"):
             kept = self._kept.get(photograph.key)
             if kept:
-                tensors = kept.tensors
+                tensors, text = kept.tensors, self._text_tensors(case.text, clock)
             else:
                 self._make_room()
-                tensors = self._image_tensors(*photograph.batch, clock)
-            scores, outputs = self._decode(tensors, case.text, clock)
+                tensors, text = self._encode(*photograph.batch, case.text, clock)
+            scores, outputs = self._decode(tensors, text, clock)
             log_probabilities = _log_softmax(scores / manifest.temperature)  # (K,)
             if mask:
                 with clock("unet_decoder"):
@@ -397,8 +398,11 @@ class MDFClassifier:
             newest = [*others, state][-KEPT_PHOTOGRAPHS:]
             self._kept = {kept.photograph.key: kept for kept in newest}
 
-    def _image_tensors(self, tower: Pixels, unet: Pixels, clock: _Clock) -> dict[str, Tensor]:
-        """Run the blocks that read the photograph; return what the decoders read."""
+    def _encode(
+        self, tower: Pixels, unet: Pixels, text: EncodedText, clock: _Clock
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the blocks that read the photograph, and beside them on a card prepare the text;
+        return what the decoders read of each."""
 
         def run(block: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             with clock(block):
@@ -406,22 +410,26 @@ class MDFClassifier:
 
         if self._beside:
             features_later = self._beside.submit(run, "unet_encoder", {"unet_pixels": unet})
+            text_later = self._beside.submit(self._text_tensors, text, clock)
             try:
                 states = run("vision", {"tower_pixels": tower})
             finally:
-                wait([features_later])
-            features = features_later.result()
+                wait([features_later, text_later])
+            features, text_tensors = features_later.result(), text_later.result()
         else:
             states = run("vision", {"tower_pixels": tower})
             features = run("unet_encoder", {"unet_pixels": unet})
-        return features | run("fusion", states | features)
+            text_tensors = self._text_tensors(text, clock)
+        return features | run("fusion", states | features), text_tensors
+
+    def _text_tensors(self, text: EncodedText, clock: _Clock | None = None) -> dict[str, Tensor]:
+        with (clock or _Clock())("text"):
+            return self._engine.text_tensors([text])
 
     def _decode(
-        self, tensors: Mapping[str, Tensor], text: EncodedText, clock: _Clock
+        self, tensors: Mapping[str, Tensor], text_tensors: Mapping[str, Tensor], clock: _Clock
     ) -> tuple[Scores, dict[str, Tensor]]:
         """Run the decoder: scores (K,), and its other outputs."""
-        with clock("text"):
-            text_tensors = self._engine.text_tensors([text])
         with clock("decoder"):
             outputs = self._engine.run("decoder", {**tensors, **text_tensors})
             scores: Scores = self._engine.backend.to_host(outputs["scores"])[0]
@@ -430,7 +438,7 @@ class MDFClassifier:
 
     def _score(self, tower: Pixels, unet: Pixels, text: EncodedText) -> Scores:
         """Score one case, and keep nothing of it: scores (K,)."""
-        scores, _ = self._decode(self._image_tensors(tower, unet, _Clock()), text, _Clock())
+        scores, _ = self._decode(*self._encode(tower, unet, text, _Clock()), _Clock())
         return scores
 
     def _evidence(self, case: _Case, whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

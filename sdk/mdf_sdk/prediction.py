@@ -50,8 +50,8 @@ class Prediction:
         dropped_tokens: tokens cut off its end because the engine takes no more; 0 when all of it
             was read.
         latency_ms: by stage, and "total". A stage whose result was kept from the last photograph
-            took 0.0. On a card, vision and unet_encoder run at the same time, and both count in
-            full.
+            took 0.0. On a card, vision, unet_encoder and of a new photograph the text run at the
+            same time, and each counts in full.
         engine: which engine answered.
         notice: what the engine's maker wants read beside every result; may be empty.
     """

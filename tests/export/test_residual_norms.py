@@ -56,7 +56,7 @@ def read(engine: Path, file: str) -> onnx.ModelProto:
     return onnx.load(engine / file, load_external_data=False)
 
 
-@pytest.mark.parametrize("block", ["vision", "decoder"])
+@pytest.mark.parametrize("block", ["vision", "fusion", "decoder"])
 def test_the_fused_graph_gives_what_the_standard_one_gives(
     engine: tuple[str, Path], block: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_the_fused_graph_gives_what_the_standard_one_gives(
 def test_only_graphs_with_something_to_fuse_have_one_beside(engine: tuple[str, Path]) -> None:
     files = load_manifest(engine[1]).files
     fused = {name for name in files if name.endswith(FUSED_SUFFIX)}
-    assert fused == {"vision.onnx.fused", "decoder.onnx.fused"}
+    assert fused == {"vision.onnx.fused", "fusion.onnx.fused", "decoder.onnx.fused"}
 
 
 def test_every_norm_of_a_residual_sum_is_fused(engine: tuple[str, Path]) -> None:

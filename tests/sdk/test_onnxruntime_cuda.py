@@ -33,7 +33,7 @@ from mdf_sdk.engine import Engine
 from mdf_sdk.integrity import digest
 from mdf_sdk.manifest import FUSED_SUFFIX, save_manifest
 from mdf_sdk.sessions import DeviceArray, Tensor, onnxruntime_cuda
-from mdf_sdk.sessions.device_memory import concatenate, copy_all
+from mdf_sdk.sessions.device_memory import concatenate, copy_all, empty_all
 from mdf_sdk.sessions.onnxruntime_cuda import OnnxRuntimeCuda, import_with_cuda
 from mdf_sdk.sessions.onnxruntime_load import load_graph, session_options
 
@@ -130,19 +130,41 @@ def test_evidence_lets_a_covered_photograph_go_before_the_next(
 ) -> None:
     computed: list[weakref.ref[object]] = []
     alive: list[int] = []
-    original = on_card._image_tensors
+    original = on_card._encode
 
-    def spy(*arguments: Any) -> dict[str, Tensor]:
+    def spy(*arguments: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         alive.append(sum(owner() is not None for owner in computed))
-        tensors = original(*arguments)
+        tensors, text_tensors = original(*arguments)
         tensor = tensors["cross_key_1"]
         assert isinstance(tensor, DeviceArray)
         computed.append(weakref.ref(tensor.owner))
-        return tensors
+        return tensors, text_tensors
 
-    monkeypatch.setattr(on_card, "_image_tensors", spy)
+    monkeypatch.setattr(on_card, "_encode", spy)
     on_card.predict(pictures[0], TEXTS[0], evidence=True)
     assert alive == [0] + 49 * [1]  # the photograph as it is
+
+
+def test_the_text_is_prepared_beside_the_photograph(
+    on_card: MDFClassifier,
+    pictures: list[npt.NDArray[np.uint8]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tower waits for it: behind the tower, it would wait for ever."""
+    prepared = threading.Event()
+    prepare, run = on_card._engine.text_tensors, on_card._engine.run
+
+    def text_tensors(*arguments: Any) -> dict[str, Tensor]:
+        prepared.set()
+        return prepare(*arguments)
+
+    def wait_for_text(block: str, tensors: Any) -> dict[str, Tensor]:
+        assert block != "vision" or prepared.wait(20)
+        return run(block, tensors)
+
+    monkeypatch.setattr(on_card._engine, "text_tensors", text_tensors)
+    monkeypatch.setattr(on_card._engine, "run", wait_for_text)
+    on_card.predict(pictures[0], TEXTS[0])
 
 
 def test_what_one_block_gives_the_next_is_in_its_place_already(
@@ -359,6 +381,24 @@ def test_rows_of_a_device_array_are_its_memory() -> None:
     own = copy_all(memory, {"rows": array})["rows"]
     memory.write((array, np.zeros_like(rows)))
     np.testing.assert_array_equal(memory.to_host(own), rows)
+
+
+@pytest.mark.parametrize(("together", "copies"), [(True, 1), (False, 2)])
+def test_arrays_that_lie_in_one_piece_are_copied_at_once(together: bool, copies: int) -> None:
+    memory = HostMemory()
+    values = {"a": np.arange(35, dtype=np.float16).reshape(5, 7), "b": np.arange(3, dtype=np.int64)}
+    if together:
+        arrays = empty_all(memory, {name: (v.shape, v.dtype) for name, v in values.items()})
+    else:
+        arrays = {name: memory.empty(v.shape, v.dtype) for name, v in values.items()}
+    memory.write(*((arrays[name], values[name]) for name in values))
+    memory.written.clear()
+    own = copy_all(memory, arrays)
+    assert len(memory.written) == copies
+    memory.write(*((arrays[name], np.zeros_like(values[name])) for name in values))
+    for name, array in own.items():
+        assert array.pointer % 16 == 0
+        np.testing.assert_array_equal(memory.to_host(array), values[name])
 
 
 def test_what_loading_took_is_given_back_before_anything_is_captured(

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from mdf_export.blocks import build_block
 from mdf_export.blocks.source import BlockSource
+from mdf_export.card_graph import to_card_graph
 from mdf_export.graph import GraphBuilder, Weight
 from mdf_export.quantize import W8A8Weight, w8a8_scales
 from mdf_export.recipe import ExportRecipe
-from mdf_export.residual_norms import fuse_residual_norms
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.manifest import FUSED_SUFFIX, Manifest
 
@@ -98,7 +98,7 @@ def compare_graphs(
         fused = manifest.blocks[block].file + FUSED_SUFFIX
         if fused in manifest.files:
             beside = onnx.load(engine_dir / fused, load_external_data=False).graph
-            names += _unlike_nodes(beside.node, fuse_residual_norms(comparer.nodes))
+            names += _unlike_nodes(beside.node, to_card_graph(comparer.nodes, recipe.float_type))
             if beside.initializer != graph.initializer:
                 names.append(fused)
         found[block] = GraphDifference(tuple(comparer.differences), tuple(dict.fromkeys(names)))

@@ -1,7 +1,8 @@
 """Arrays in a card's memory: what one block gives the next without passing through the host."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from mdf_sdk.errors import BackendRunError, BackendUnavailableError, DeviceMemor
 Array = npt.NDArray[Any]
 
 _KEPT_BYTES = 512 * 2**20
+_ALIGNMENT = 256  # of what CUDA allocates
 _OLDEST_CARD = (7, 5)
 # Of keys: masked attention to 160 ran in ONNX Runtime's fused kernel, to 167 it did not (H100).
 _ROWS_STEP = 32
@@ -96,10 +98,32 @@ def concatenate(memory: DeviceMemory, arrays: Sequence[DeviceArray]) -> DeviceAr
     return joined
 
 
+def empty_all(
+    memory: DeviceMemory, kinds: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+) -> dict[str, DeviceArray]:
+    """Allocate named arrays of a shape and dtype each, one behind the other in one piece."""
+    sizes = [prod(shape) * dtype.itemsize for shape, dtype in kinds.values()]
+    steps = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    whole = memory.empty((sum(steps),), np.dtype(np.uint8))
+    places = accumulate(steps, initial=whole.pointer)
+    return {
+        name: DeviceArray(pointer, shape, dtype, whole.owner)
+        for pointer, (name, (shape, dtype)) in zip(places, kinds.items(), strict=False)
+    }
+
+
 def copy_all(memory: DeviceMemory, arrays: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
-    """Copy named arrays to memory of their own, in one go."""
-    own = {name: memory.empty(array.shape, array.dtype) for name, array in arrays.items()}
-    memory.write(*((own[name], array) for name, array in arrays.items()))
+    """Copy named arrays to memory of their own; in one copy where they lie as that does."""
+    own = empty_all(memory, {name: (array.shape, array.dtype) for name, array in arrays.items()})
+    copies = [(own[name], array) for name, array in arrays.items()]
+    (target, source), (last, _) = copies[0], copies[-1]
+    moved = source.pointer - target.pointer
+    if all(a.owner is source.owner and a.pointer - o.pointer == moved for o, a in copies):
+        span, byte = (last.pointer + last.nbytes - target.pointer,), np.dtype(np.uint8)
+        copies = [
+            (replace(target, shape=span, dtype=byte), replace(source, shape=span, dtype=byte))
+        ]
+    memory.write(*copies)
     return own
 
 

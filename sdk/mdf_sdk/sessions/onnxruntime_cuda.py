@@ -26,6 +26,7 @@ from mdf_sdk.sessions.device_memory import (
     DeviceMemory,
     concatenate,
     copy_all,
+    empty_all,
 )
 from mdf_sdk.sessions.onnxruntime_load import (
     import_onnxruntime,
@@ -248,13 +249,10 @@ class OnnxRuntimeCudaSession:
 
     def _bind(self, shapes: Sequence[tuple[int, ...]], graph: int) -> _Binding:
         dimensions: dict[str, int] = {}
-        inputs, outputs = {}, {}
         for spec, shape in zip(self._spec.inputs, shapes, strict=True):
             dimensions |= _free_dimensions(spec.shape, shape)
-            inputs[spec.name] = self._place(spec, shape)
-        for spec in self._spec.outputs:
-            shape = tuple(dimensions[d] if isinstance(d, str) else d for d in spec.shape)
-            outputs[spec.name] = self._place(spec, shape)
+        inputs = self._take_places(self._spec.inputs, dimensions)
+        outputs = self._take_places(self._spec.outputs, dimensions)
         bound, options = self._session.io_binding(), self._runtime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
         for bind, places in ((bound.bind_input, inputs), (bound.bind_output, outputs)):
@@ -263,13 +261,24 @@ class OnnxRuntimeCudaSession:
                 bind(name, self._memory.kind, 0, a.dtype.type, a.shape, a.pointer)
         return _Binding(inputs, outputs, bound, options)
 
-    def _place(self, spec: TensorSpec, shape: tuple[int, ...]) -> _Place:
-        """The tensor's place on the card, the same wherever it has this shape."""
-        place = self._places.get((spec.name, shape))
-        if place is None:
-            place = _Place(self._memory.empty(shape, np.dtype(spec.dtype)))
-            self._places[spec.name, shape] = place
-        return place
+    def _take_places(
+        self, specs: Sequence[TensorSpec], dimensions: Mapping[str, int]
+    ) -> dict[str, _Place]:
+        """The tensors' places on the card, the same wherever they have these shapes.
+
+        New ones lie in one piece, so that a block's outputs are copied at once.
+        """
+        shapes = {
+            spec.name: tuple(dimensions[d] if isinstance(d, str) else d for d in spec.shape)
+            for spec in specs
+        }
+        found = {name: self._places.get((name, shape)) for name, shape in shapes.items()}
+        new = {s.name: (shapes[s.name], np.dtype(s.dtype)) for s in specs if found[s.name] is None}
+        made = {name: _Place(array) for name, array in empty_all(self._memory, new).items()}
+        places = {name: place or made[name] for name, place in found.items()}
+        for name, place in made.items():
+            self._places[name, shapes[name]] = place
+        return places
 
 
 def import_with_cuda() -> Any:
