@@ -12,6 +12,7 @@ from onnx import NodeProto, helper, numpy_helper
 
 from mdf_export.residual_norms import DOMAIN, fuse_residual_norms
 
+PADDING = "/padding/"  # in the names of nodes that compute rows of padding alone
 _PREFIX = re.compile(r"/prefix(_\d+)?$")
 _MASK = 3  # among Attention's inputs
 # Added to scores that are not to be seen; float16's lowest, so that a row of them stays finite.
@@ -41,10 +42,7 @@ def _with_untiled_prefixes(nodes: Sequence[NodeProto]) -> list[NodeProto]:
 
 
 def _with_float_masks(nodes: Sequence[NodeProto], float_type: str) -> list[NodeProto]:
-    """Turn each boolean mask into what is added to the scores, once for all attentions.
-
-    Of a boolean one each attention would make that anew, and look for rows that see nothing.
-    """
+    """Turn each boolean mask into what is added to the scores: each attention would do so anew."""
     masks = dict.fromkeys(
         node.input[_MASK] for node in nodes if node.op_type == "Attention" and _has_mask(node)
     )
@@ -67,8 +65,12 @@ def _with_float_masks(nodes: Sequence[NodeProto], float_type: str) -> list[NodeP
 
 
 def _attention(node: NodeProto) -> NodeProto:
-    """Take cuDNN's kernel, which MultiHeadAttention has from Hopper on: half the time there."""
-    if node.op_type != "Attention" or _has_mask(node):
+    """Take cuDNN's kernel, which MultiHeadAttention has from compute capability 9.0 on.
+
+    Of the tower's 1601 rows it takes 49 us on an H200, where Attention's takes 71; of its 7 rows of
+    padding 25, where Attention's, which divides the keys, takes 13.
+    """
+    if node.op_type != "Attention" or _has_mask(node) or PADDING in node.name:
         return node
     heads, kv_heads = (_integer(node, name) for name in ("q_num_heads", "kv_num_heads"))
     if heads != kv_heads:  # which it has not

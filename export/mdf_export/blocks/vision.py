@@ -111,6 +111,8 @@ def _tower_attention(
         return g.op("Slice", x, g.ints(start), g.ints(end), g.ints(1))
 
     real = g.attention(rows(q, 0, patches), k, v, heads, heads)
-    padded = rows(q, patches, patches + padding)
-    seen = (rows(k, 0, patches), rows(v, 0, patches))
-    return g.op("Concat", real, g.attention(padded, *seen, heads, heads), axis=1)
+    with g.scope("padding"):
+        padded = rows(q, patches, patches + padding)
+        seen = (rows(k, 0, patches), rows(v, 0, patches))
+        padded = g.attention(padded, *seen, heads, heads)
+    return g.op("Concat", real, padded, axis=1)
