@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mdf_sdk.errors import InputError, MDFError
 
@@ -61,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """What it cannot read is an error like any other; its commands' parsers are of this class."""
+    """What it cannot read is an error like any other; its commands' parsers are of this class.
+
+    Options are written out: one that a later release adds would make an abbreviation ambiguous.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
