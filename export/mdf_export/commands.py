@@ -170,6 +170,7 @@ def _export(args: argparse.Namespace, recipe: "ExportRecipe") -> int:
 
 def _plan(args: argparse.Namespace, recipe: "ExportRecipe") -> int:
     from mdf_export.planning import plan_checkpoint, plan_preset, plan_specs
+    from mdf_sdk.manifest import PROCESSORS_ALONE
     from mdf_sdk.memory import plan_memory
 
     if (args.preset is None) == (args.checkpoint is None):
@@ -181,7 +182,8 @@ def _plan(args: argparse.Namespace, recipe: "ExportRecipe") -> int:
     plan = plan_preset(name, recipe) if args.preset else plan_checkpoint(args.checkpoint, recipe)
     print(format_plan(name, recipe, plan))
     specs = plan_specs(plan)
-    needs = {device: plan_memory(specs, plan.blocks, device) for device in ("cpu", "cuda")}
+    devices = ("cpu",) if recipe.precision in PROCESSORS_ALONE else ("cpu", "cuda")
+    needs = {device: plan_memory(specs, plan.blocks, device) for device in devices}
     for need in needs.values():
         print(need)
     if args.json:

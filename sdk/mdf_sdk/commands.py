@@ -176,9 +176,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _memory(manifest: "Manifest") -> list["MemoryPlan"]:
     """Tell what the engine needs of every device that it was built for."""
+    from mdf_sdk.manifest import PROCESSORS_ALONE
     from mdf_sdk.memory import required_bytes
 
-    devices = ("cpu", "cuda", "tensorrt") if manifest.plans else ("cpu", "cuda")
+    devices = ["cpu"]
+    if manifest.precision not in PROCESSORS_ALONE:
+        devices += ["cuda", "tensorrt"] if manifest.plans else ["cuda"]
     return [required_bytes(manifest, device) for device in devices]
 
 
@@ -189,7 +192,8 @@ def _describe(engine_dir: str, manifest: "Manifest", memory: list["MemoryPlan"])
     quantization = manifest.quantization
     how: str = quantization.method
     if how != "none":
-        how += f", blocks of {quantization.block_size}"
+        size = quantization.block_size
+        how += f", blocks of {size}" if size else ", one scale for each output feature"
         how += f", calibrated on {quantization.calibration}" if quantization.calibration else ""
         how += f", {len(quantization.kept)} linears kept finer" if quantization.kept else ""
     lines = [

@@ -35,6 +35,7 @@ TrustedKey = str | os.PathLike[str] | bytes
 # "tf32": float32, but a card may round what convolutions and products multiply to 10 bits.
 # "int8", "int4": weights alone; "w8a8": weights and what they are multiplied with, on processors.
 Precision = Literal["fp32", "tf32", "fp16", "fp8", "int8", "int4", "w8a8"]
+PROCESSORS_ALONE: tuple[Precision, ...] = ("w8a8",)  # compute in it
 QuantizationMethod = Literal["none", "rtn", "gptq"]
 BLOCKS = ("vision", "unet_encoder", "fusion", "decoder", "unet_decoder")
 

@@ -29,7 +29,15 @@ def test_a_broken_package_takes_no_other_command_away(
         assert f"mdf {name}: cannot be loaded" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["no-such-command"], ["info"], ["info", "engine", "--no-such"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["no-such-command"],
+        ["info"],
+        ["info", "engine", "--no-such"],
+        ["verify", "engine", "--dev", "cpu"],
+    ],
+)
 def test_words_that_cannot_be_read_are_an_error_like_any_other(
     entry_points_file: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:

@@ -167,7 +167,7 @@ def _precision(manifest: Manifest) -> str:
     spec = manifest.quantization
     words: list[str] = [manifest.precision]
     if spec.method != "none":
-        words += [spec.method, str(spec.block_size)]
+        words += [spec.method, *([str(spec.block_size)] if spec.block_size else [])]
     if spec.kept:
         words.append(f"{len(spec.kept)} kept")
     return " ".join(words)

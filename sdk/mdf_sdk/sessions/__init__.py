@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mdf_sdk.errors import BackendUnavailableError
-from mdf_sdk.manifest import Manifest
+from mdf_sdk.manifest import PROCESSORS_ALONE, Manifest
 from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
 
 __all__ = [
@@ -98,11 +98,11 @@ def open_backend(
         "cuda": lambda: _cuda(engine_dir, manifest, reproducible),
         "cpu": lambda: _cpu(engine_dir, manifest, threads),
     }
-    if manifest.precision == "w8a8" and device in ("tensorrt", "cuda"):
+    if manifest.precision in PROCESSORS_ALONE and device in ("tensorrt", "cuda"):
         raise BackendUnavailableError(
-            f"device {device!r}: found an engine in w8a8, which computes on processors alone, "
-            "expected one in int4 or fp16. Export the checkpoint for a card: mdf export CHECKPOINT "
-            "ENGINE --precision int4"
+            f"device {device!r}: found an engine in {manifest.precision}, which processors alone "
+            "compute in, expected one in int4 or fp16. Export the checkpoint for a card: mdf "
+            "export CHECKPOINT ENGINE --precision int4"
         )
     if device not in openers:
         raise BackendUnavailableError(
