@@ -202,6 +202,17 @@ def test_each_precision_is_estimated_from_the_engines_own_bytes(
         check_memory(large(manifest, precision, decoder_bytes), Card(TOTAL))
 
 
+@pytest.mark.parametrize(("precision", "decoder_bytes"), [("fp32", 20 * GB), ("fp16", 10 * GB)])
+def test_on_a_processor_the_refusal_names_the_precision_that_is_for_it(
+    manifest: Manifest, precision: Precision, decoder_bytes: int
+) -> None:
+    processor = Card(TOTAL, device="cpu")
+    with pytest.raises(
+        DeviceMemoryError, match=r"Export it with --precision w8a8: about 6\.\d\d GB"
+    ):
+        check_memory(large(manifest, precision, decoder_bytes), processor)
+
+
 def test_where_no_precision_fits_the_refusal_says_so(manifest: Manifest) -> None:
     with pytest.raises(DeviceMemoryError, match=r"No precision .* int4 needs about 29\.\d\d GB"):
         check_memory(large(manifest, "fp16", 100 * GB), Card(TOTAL))
