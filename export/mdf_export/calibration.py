@@ -7,6 +7,7 @@ goes on with what the engine will hold.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,19 @@ def calibration_cases(recipe: ExportRecipe) -> tuple[list[Picture], list[str]]:
         )
     cases = [data[i] for i in indices]
     return [case.image for case in cases], [case.text for case in cases]
+
+
+def calibration_digest(recipe: ExportRecipe) -> str:
+    """SHA-256 of the cases themselves: a folder's content may change under its name.
+
+    Raises:
+        DataError: as `calibration_cases`.
+    """
+    digest = sha256()
+    for picture, text in zip(*calibration_cases(recipe), strict=True):
+        digest.update(repr((picture.shape, text)).encode())
+        digest.update(picture.tobytes())
+    return digest.hexdigest()
 
 
 class _CalibrationRun:

@@ -12,7 +12,7 @@ import torch
 
 from mdf_export.blocks import build_block, read_spec
 from mdf_export.blocks.source import BlockSource
-from mdf_export.calibration import QuantizedStore, calibrate
+from mdf_export.calibration import QuantizedStore, calibrate, calibration_digest
 from mdf_export.golden import save_golden
 from mdf_export.gptq_checkpoint import GptqCheckpoint
 from mdf_export.planning import check_disk, plan_engine
@@ -103,6 +103,7 @@ def build_engine(
         "checkpoint": model_digest,
         "recipe": recipe.to_dict(),
         "gptq_checkpoint": given and given.identity(),
+        "calibration": calibration_digest(recipe) if recipe.calibrates else None,
         "built_with": versions,
     }
     try:

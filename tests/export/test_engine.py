@@ -33,6 +33,7 @@ from mdf_sdk.errors import (
 from mdf_sdk.manifest import BLOCKS, Precision, QuantizationMethod
 from mdf_sdk.verify import verify_engine
 from mdf_training.checkpoint import checkpoint_digest, load_checkpoint, save_checkpoint
+from mdf_training.data.folder import open_data, save_data
 from mdf_training.data.pixels import PixelSet
 from mdf_training.data.synthetic import SyntheticData
 from mdf_training.evaluation.checkpoint_scorer import CheckpointScorer
@@ -378,6 +379,28 @@ def test_an_interrupted_export_with_other_weights_of_gptq_is_not_gone_on_with(
     write_gptq_checkpoint(tiny_checkpoint, tmp_path / "gptq", order)
     build("engine")
     build("anew")
+    assert load_manifest(tmp_path / "engine") == load_manifest(tmp_path / "anew")
+
+
+def test_an_interrupted_export_with_other_calibration_cases_is_not_gone_on_with(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand under the same name: only their content tells."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    data = tmp_path / "data"
+    recipe = ExportRecipe("int4", calibration=str(data), calibration_cases=8)
+    save_data(open_data("synthetic:8:1"), data)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "save_golden", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(tiny_checkpoint, tmp_path / "engine", recipe)
+    shutil.rmtree(data)
+    save_data(open_data("synthetic:8:2"), data)
+    for name in ("engine", "anew"):
+        build_engine(tiny_checkpoint, tmp_path / name, recipe)
     assert load_manifest(tmp_path / "engine") == load_manifest(tmp_path / "anew")
 
 
