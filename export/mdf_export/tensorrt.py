@@ -36,6 +36,7 @@ from mdf_sdk.integrity import check_files, digest
 from mdf_sdk.manifest import (
     BLOCKS,
     PLANS_NAME,
+    PROCESSORS_ALONE,
     TOKENIZER_NAME,
     BlockSpec,
     FileEntry,
@@ -119,6 +120,12 @@ def compile_engine(
         raise InputError(f"layers per plan: found {layers_per_plan}, expected at least 1")
     directory = Path(engine_dir)
     manifest = load_manifest(directory)
+    if manifest.precision in PROCESSORS_ALONE:
+        raise InputError(
+            f"{directory}: found an engine in {manifest.precision}, which processors alone compute "
+            "in, expected fp16, int8 or int4. Export the checkpoint for a card: mdf export "
+            "CHECKPOINT ENGINE --precision int4"
+        )
     trt = import_compiler(package)
     capabilities = _choose_capabilities(package, trt, compute_capabilities, manifest)
     check_files(directory, manifest)

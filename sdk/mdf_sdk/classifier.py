@@ -252,7 +252,9 @@ class MDFClassifier:
         scores: list[Scores] = []
         for text in [self._engine.prompt.encode(text) for text in texts]:
             with self._admission.enter(again=bool(scores)):
-                scores.append(self._decode(tensors, self._text_tensors(text), _Clock())[0])
+                scores.append(
+                    self._decode(tensors, self._text_tensors(text, _Clock()), _Clock())[0]
+                )
         return np.stack(scores)
 
     def image_features(self, tower_pixels: Pixels, unet_pixels: Pixels) -> Pixels:
@@ -299,7 +301,7 @@ class MDFClassifier:
         with self._admission.enter():
             tensors, _ = self._encode(tower, unet, texts[0], _Clock())
             for text in texts:
-                self._decode(tensors, self._text_tensors(text), _Clock())
+                self._decode(tensors, self._text_tensors(text, _Clock()), _Clock())
 
     def device_bytes(self) -> int | None:
         """Bytes in use on the card, by all processes; None on the CPU."""
@@ -422,8 +424,8 @@ class MDFClassifier:
             text_tensors = self._text_tensors(text, clock)
         return features | run("fusion", states | features), text_tensors
 
-    def _text_tensors(self, text: EncodedText, clock: _Clock | None = None) -> dict[str, Tensor]:
-        with (clock or _Clock())("text"):
+    def _text_tensors(self, text: EncodedText, clock: _Clock) -> dict[str, Tensor]:
+        with clock("text"):
             return self._engine.text_tensors([text])
 
     def _decode(

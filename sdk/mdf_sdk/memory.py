@@ -42,7 +42,8 @@ class _Costs:
     widens: bool = False
 
 
-# cpu: growth of resident memory, smol-135m and nano, ONNX Runtime 1.31.1 on two cores, 2026-11-22.
+# cpu: growth of resident memory, smol-135m and nano, ONNX Runtime 1.31.1 on two cores, 2026-11-22;
+# w8a8, smol-135m alone: 2026-11-29.
 # cuda: nano under eight callers and single cases of 11B, int4 and fp16, on an H100
 # (docs/results/sdk-gpu.md). Not measured: fp8 on the CPU, taken as float32; tensorrt.
 _COSTS = {

@@ -68,6 +68,16 @@ def size_of_plans(folder: Path) -> int:
     return sum(manifest.files[plan.file].bytes for plan in manifest.plans)
 
 
+def test_an_engine_for_processors_is_refused_before_a_compiler_sees_it(
+    w8a8_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    before = sorted(path.name for path in w8a8_engine.iterdir())
+    with pytest.raises(InputError, match=r"found an engine in w8a8.*--precision int4"):
+        compile_engine(w8a8_engine)
+    assert sorted(path.name for path in w8a8_engine.iterdir()) == before
+
+
 def test_every_block_compiles_for_three_card_families(compiled: Path) -> None:
     manifest = load_manifest(compiled)
     check_files(compiled, manifest)
