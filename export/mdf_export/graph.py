@@ -210,7 +210,7 @@ class GraphBuilder:
             return self.weight_bytes
         self._data.close()
         path = self.folder / f"{self.name}.onnx"
-        for_card = to_card_graph(self._nodes, self.float_type)
+        for_card = to_card_graph(self._nodes, self._initializers, self.float_type)
         if for_card != self._nodes:
             self._write(for_card, path.with_name(path.name + FUSED_SUFFIX))
         self._write(self._nodes, path)
@@ -300,13 +300,14 @@ class GraphBuilder:
         if data_type == TensorProto.INT4:
             size = (value.numel() + 1) // 2
         self.weight_bytes += size
-        if self._data is None:
-            return str(tensor.name)
         raw = b""
-        if not value.is_meta:  # without its weights a graph can be read, but not run
+        # Without its weights a graph can be read, but not run.
+        if not value.is_meta and (self._data or size <= INLINE_BYTES):
             raw = _to_bytes(pack_int4(value) if data_type == TensorProto.INT4 else value)
         if 0 < len(raw) <= INLINE_BYTES:
             tensor.raw_data = raw
+        elif self._data is None:
+            return str(tensor.name)
         else:
             self._data.write(bytes(-self._data.tell() % ALIGNMENT))
             tensor.data_location = TensorProto.EXTERNAL

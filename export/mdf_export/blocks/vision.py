@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mdf_export.blocks.layers import embed_patches, gated, layer_norm
 from mdf_export.blocks.source import BlockSource
-from mdf_export.card_graph import PADDING
 from mdf_export.graph import DTYPES, GraphBuilder
+from mdf_export.padded_attention import PADDING
 from mdf_export.streaming import StreamedCheckpoint
 
 

@@ -98,7 +98,7 @@ def compare_graphs(
         fused = manifest.blocks[block].file + FUSED_SUFFIX
         if fused in manifest.files:
             beside = onnx.load(engine_dir / fused, load_external_data=False).graph
-            names += _unlike_nodes(beside.node, to_card_graph(comparer.nodes, recipe.float_type))
+            names += _unlike_nodes(beside.node, comparer.card_nodes)
             if beside.initializer != graph.initializer:
                 names.append(fused)
         found[block] = GraphDifference(tuple(comparer.differences), tuple(dict.fromkeys(names)))
@@ -148,6 +148,11 @@ class _Comparer(GraphBuilder):
     def nodes(self) -> list[onnx.NodeProto]:
         """The graph so far."""
         return self._nodes
+
+    @property
+    def card_nodes(self) -> list[onnx.NodeProto]:
+        """The graph that stands beside it for a card."""
+        return to_card_graph(self._nodes, self._initializers, self.float_type)
 
     def linears(self, x: str, **linears: nn.Linear) -> list[str]:
         """Apply several linear layers, joined where the engine has joined them."""

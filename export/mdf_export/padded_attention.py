@@ -1,0 +1,92 @@
+"""The tower's two attentions of each layer in, its patches' and its padding's, one of both out.
+
+Rows of padding must not see each other, and a mask for that would keep a card from its fast
+kernels. Instead each head gets features that are zero but for padding, where a query's and a key's
+product drives the softmax to zero. Kernels round a head's features up anyway, and what copies and
+joins the rows of the two is gone.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from mdf_export.new_nodes import NewNodes
+from mdf_export.residual_norms import DOMAIN
+
+PADDING = "padding"  # the scope of nodes that compute rows of padding alone
+_APART = 128.0  # of a query, and negative of a key; with its square exact in float16
+_HEAD_STEP = 8  # fused kernels take heads of multiples of it
+
+
+def merge_padded_attention(
+    nodes: Sequence[NodeProto], initializers: Iterable[TensorProto], float_type: str
+) -> list[NodeProto]:
+    """Put each pair of attentions that a layer's q, k and v of one product go through into one.
+
+    Args:
+        nodes: as GraphBuilder writes them.
+        initializers: of the graph; those that hold shapes and bounds are read.
+        float_type: of activations, "float32" or "float16".
+    """
+    integers = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in initializers
+        if tensor.data_type == TensorProto.INT64 and tensor.raw_data
+    }
+    makers = {name: node for node in nodes for name in node.output}
+    merged: dict[str, list[NodeProto]] = {}  # by the output that they give
+    gone: set[str] = set()
+    apart = NewNodes(f"/{PADDING}")
+    for node in nodes:
+        pair = [makers[name] for name in node.input if name in makers]
+        if node.op_type != "Concat" or [part.op_type for part in pair] != ["Attention"] * 2:
+            continue
+        patches, padding = pair
+        slices = [makers[name] for name in (patches.input[0], *padding.input)]
+        qkv = [slices[0].input[0], *patches.input[1:]]
+        split = makers[qkv[0]]
+        if list(split.output) != qkv:  # of several products
+            continue
+        heads = next(a.i for a in patches.attribute if a.name == "q_num_heads")
+        width = int(integers[split.input[1]][0]) // heads
+        first, end = (int(integers[name][0]) for name in slices[1].input[1:3])
+        if not apart.nodes:  # every layer's are alike
+            apart.constant(_features_apart(heads, width, first, end, float_type))
+        added, output = apart.nodes[0].output[0], node.output[0]
+        merged[output] = _one_attention(patches.name, split.input[0], added, output, heads, width)
+        gone |= {name for part in (*pair, *slices, split) for name in part.output}
+    return apart.nodes + [
+        new
+        for node in nodes
+        if not gone & set(node.output)
+        for new in merged.get(node.output[0], [node])
+    ]
+
+
+def _features_apart(
+    heads: int, width: int, first: int, end: int, float_type: str
+) -> npt.NDArray[Any]:
+    """What the heads of q, k and v (1, end, 3 * heads, width) are made wider by."""
+    added = np.zeros((1, end, 3 * heads, _HEAD_STEP - width % _HEAD_STEP), float_type)
+    added[:, first:, :heads, 0] = _APART
+    added[:, first:, heads : 2 * heads, 0] = -_APART
+    return added
+
+
+def _one_attention(
+    name: str, qkv: str, apart: str, output: str, heads: int, width: int
+) -> list[NodeProto]:
+    """Attention on q, k and v (1, T, 3 * heads * width), scaled for the width that they had."""
+    new, parts = NewNodes(name), [f"{name}/{part}" for part in "qkv"]
+    x = new.op("Reshape", qkv, new.ints(0, 0, 3 * heads, width))
+    x = new.op("Reshape", new.op("Concat", x, apart, axis=3), new.ints(0, 0, -1))
+    new.op("Split", x, outputs=parts, axis=2, num_outputs=3)
+    scale = width**-0.5
+    x = new.op("MultiHeadAttention", *parts, domain=DOMAIN, num_heads=heads, scale=scale)
+    x = new.op("Reshape", x, new.ints(0, 0, heads, width + _HEAD_STEP - width % _HEAD_STEP))
+    x = new.op("Slice", x, new.ints(0), new.ints(width), new.ints(3))
+    new.op("Reshape", x, new.ints(0, 0, -1), outputs=[output])
+    return new.nodes
