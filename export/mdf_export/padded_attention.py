@@ -39,26 +39,28 @@ def merge_padded_attention(
     makers = {name: node for node in nodes for name in node.output}
     merged: dict[str, list[NodeProto]] = {}  # by the output that they give
     gone: set[str] = set()
-    apart = NewNodes(f"/{PADDING}")
+    added = ""
     for node in nodes:
         pair = [makers[name] for name in node.input if name in makers]
         if node.op_type != "Concat" or [part.op_type for part in pair] != ["Attention"] * 2:
             continue
         patches, padding = pair
         slices = [makers[name] for name in (patches.input[0], *padding.input)]
-        qkv = [slices[0].input[0], *patches.input[1:]]
-        split = makers[qkv[0]]
-        if list(split.output) != qkv:  # of several products
+        split = makers[slices[0].input[0]]
+        if list(split.output) != [slices[0].input[0], *patches.input[1:]]:  # of several products
             continue
         heads = next(a.i for a in patches.attribute if a.name == "q_num_heads")
         width = int(integers[split.input[1]][0]) // heads
         first, end = (int(integers[name][0]) for name in slices[1].input[1:3])
-        if not apart.nodes:  # every layer's are alike
-            apart.constant(_features_apart(heads, width, first, end, float_type))
-        added, output = apart.nodes[0].output[0], node.output[0]
-        merged[output] = _one_attention(patches.name, split.input[0], added, output, heads, width)
+        qkv, output = split.input[0], node.output[0]
+        new = NewNodes(patches.name)
+        if not added:  # every layer's are alike
+            features = _features_apart(heads, width, first, end, float_type)
+            added = _tile_batch(new, features, qkv)
+        _attend(new, qkv, added, output, heads, width)
+        merged[output] = new.nodes
         gone |= {name for part in (*pair, *slices, split) for name in part.output}
-    return apart.nodes + [
+    return [
         new
         for node in nodes
         if not gone & set(node.output)
@@ -76,17 +78,24 @@ def _features_apart(
     return added
 
 
-def _one_attention(
-    name: str, qkv: str, apart: str, output: str, heads: int, width: int
-) -> list[NodeProto]:
-    """Attention on q, k and v (1, T, 3 * heads * width), scaled for the width that they had."""
-    new, parts = NewNodes(name), [f"{name}/{part}" for part in "qkv"]
+def _tile_batch(new: NewNodes, value: npt.NDArray[Any], like: str) -> str:
+    """Repeat a (1, ...) constant over the batch of `like`, which it leaves free.
+
+    Were it fixed at 1, ONNX Runtime would make other products of the tower's, which are slower.
+    """
+    batch = new.op("Shape", like, start=0, end=1)
+    shape = new.op("Concat", batch, new.ints(*value.shape[1:]), axis=0)
+    return new.op("Expand", new.constant(value), shape)
+
+
+def _attend(new: NewNodes, qkv: str, added: str, output: str, heads: int, width: int) -> None:
+    """Attention on q, k and v (B, T, 3 * heads * width), scaled for the width that they had."""
     x = new.op("Reshape", qkv, new.ints(0, 0, 3 * heads, width))
-    x = new.op("Reshape", new.op("Concat", x, apart, axis=3), new.ints(0, 0, -1))
+    x = new.op("Reshape", new.op("Concat", x, added, axis=3), new.ints(0, 0, -1))
+    parts = [f"{output}/{part}" for part in "qkv"]
     new.op("Split", x, outputs=parts, axis=2, num_outputs=3)
     scale = width**-0.5
     x = new.op("MultiHeadAttention", *parts, domain=DOMAIN, num_heads=heads, scale=scale)
     x = new.op("Reshape", x, new.ints(0, 0, heads, width + _HEAD_STEP - width % _HEAD_STEP))
     x = new.op("Slice", x, new.ints(0), new.ints(width), new.ints(3))
     new.op("Reshape", x, new.ints(0, 0, -1), outputs=[output])
-    return new.nodes
