@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from mdf_benchmarks.memory import resident_bytes
-from mdf_benchmarks.soak.calls import EVIDENCE_CASES, Call, Case, make_cases, plan_calls
+from mdf_benchmarks.soak.calls import (
+    EVIDENCE_CASES,
+    Call,
+    Case,
+    make_cases,
+    plan_calls,
+    refused_calls,
+)
 from mdf_sdk import BusyError, ClosedError, InputError, MDFClassifier, Prediction
 from mdf_sdk.machine import machine_card
 
@@ -161,7 +168,7 @@ def soak(
             f"soak: found {minutes:g} minutes and {callers} callers, expected more than 0 and at "
             "least 1"
         )
-    cases = make_cases()
+    cases, refused = make_cases(), refused_calls()
     classifier = classifier_type(
         engine_dir, device=device, threads=threads, max_waiting=callers // 2
     )
@@ -171,7 +178,7 @@ def soak(
     running = [
         threading.Thread(
             target=_keep_calling,
-            args=(classifier, plan_calls(cases, seed), judge),
+            args=(classifier, plan_calls(cases, refused, seed), judge),
             daemon=True,  # one that hangs must not keep the process
         )
         for seed in range(callers)

@@ -234,10 +234,10 @@ def test_percentiles_are_told_to_a_hundredth(values: list[float]) -> None:
 
 
 def test_a_plan_is_its_seeds_own_and_holds_every_kind() -> None:
-    cases = make_cases()
+    cases, refused = make_cases(), refused_calls()
 
     def first(seed: int) -> list[tuple[str, tuple[int, ...]]]:
-        plan = itertools.islice(plan_calls(cases, seed), 2000)
+        plan = itertools.islice(plan_calls(cases, refused, seed), 2000)
         return [(call.kind, call.cases) for call in plan]
 
     assert first(1) == first(1) != first(2)
