@@ -3,11 +3,11 @@
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import ParamSpec, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,13 @@ from mdf_sdk.manifest import TrustedKey
 from mdf_sdk.memory import KEPT_PHOTOGRAPHS
 from mdf_sdk.photograph import ImageSource, decode, prepare, read_source
 from mdf_sdk.prediction import EngineIdentity, Prediction
-from mdf_sdk.preprocessing import Pixels, Square
+from mdf_sdk.preprocessing import Pixels, Square, shared_threads
 from mdf_sdk.prompt import EncodedText
 from mdf_sdk.sessions import Array, Tensor
 
 Scores = npt.NDArray[np.float32]
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _STAGES = ("image", "text", "vision", "unet_encoder", "fusion", "decoder")
 
@@ -131,6 +133,7 @@ class MDFClassifier:
             passed_over=self._engine.passed_over,
         )
         self._admission = Admission(backend.slots, max_waiting)
+        self._running = ThreadPoolExecutor(backend.slots, "mdf-run")
         self._beside = ThreadPoolExecutor(1, "mdf-beside") if backend.overlaps else None
         self._kept: dict[bytes, _ImageState] = {}  # the last used comes last
         self._keeping = threading.Lock()
@@ -228,7 +231,7 @@ class MDFClassifier:
         for i, text in enumerate(encoded):
             one = slice(i, i + 1)
             with self._admission.enter(again=i > 0):
-                scores.append(self._score(tower_pixels[one], unet_pixels[one], text))
+                scores.append(self._run(self._score, tower_pixels[one], unet_pixels[one], text))
         return np.stack(scores)
 
     def text_only_scores(self, texts: Sequence[str]) -> Scores:
@@ -252,9 +255,7 @@ class MDFClassifier:
         scores: list[Scores] = []
         for text in [self._engine.prompt.encode(text) for text in texts]:
             with self._admission.enter(again=bool(scores)):
-                scores.append(
-                    self._decode(tensors, self._text_tensors(text, _Clock()), _Clock())[0]
-                )
+                scores.append(self._run(self._decode_text, tensors, text, _Clock())[0])
         return np.stack(scores)
 
     def image_features(self, tower_pixels: Pixels, unet_pixels: Pixels) -> Pixels:
@@ -275,14 +276,7 @@ class MDFClassifier:
         for i in range(len(tower_pixels)):
             one = slice(i, i + 1)
             with self._admission.enter(again=i > 0):
-                states = self._engine.run("vision", {"tower_pixels": tower_pixels[one]})
-                maps = self._engine.run("unet_encoder", {"unet_pixels": unet_pixels[one]})
-                on_host = [
-                    self._engine.backend.to_host(t)[0] for t in (*states.values(), *maps.values())
-                ]
-            tokens, *planes = on_host
-            pooled = [tokens.mean(axis=0), *(plane.mean(axis=(1, 2)) for plane in planes)]
-            features.append(np.concatenate(pooled, dtype=np.float32))
+                features.append(self._run(self._average, tower_pixels[one], unet_pixels[one]))
         return np.stack(features)
 
     def warm_up(self) -> None:
@@ -299,9 +293,9 @@ class MDFClassifier:
         tried = reversed(by_rows.values()) if len(by_rows) < len(lengths) else (1,)
         texts = [EncodedText((prompt.image_id,) * length, dropped_tokens=0) for length in tried]
         with self._admission.enter():
-            tensors, _ = self._encode(tower, unet, texts[0], _Clock())
+            tensors, _ = self._run(self._encode, tower, unet, texts[0], _Clock())
             for text in texts:
-                self._decode(tensors, self._text_tensors(text, _Clock()), _Clock())
+                self._run(self._decode_text, tensors, text, _Clock())
 
     def device_bytes(self) -> int | None:
         """Bytes in use on the card, by all processes; None on the CPU."""
@@ -313,6 +307,7 @@ class MDFClassifier:
         A second call does nothing, and neither does one in a forked process.
         """
         if self._admission.close():
+            self._running.shutdown()  # what an interrupted caller left may still run
             if self._beside:
                 self._beside.shutdown()
             self._kept = {}
@@ -331,34 +326,36 @@ class MDFClassifier:
         with clock("text"):
             encoded = self._engine.prompt.encode(text)
         with clock("image"):
-            source = read_source(image)
-            kept = self._kept.get(source.key)
-            if kept:
-                known[source.key] = kept.photograph
-            if source.key not in known:
-                spec = self.manifest.image
-                photograph = decode(source, max(spec.tower_px, spec.unet_px))
-                square = photograph.square.times(photograph.scale)
-                known[source.key] = _Photograph(source.key, square, *prepare(photograph, spec))
-        return _Case(known[source.key], encoded, clock.ms)
+            photograph = shared_threads().submit(self._photograph, image, known).result()
+        return _Case(photograph, encoded, clock.ms)
+
+    def _photograph(self, image: ImageSource, known: dict[bytes, _Photograph]) -> _Photograph:
+        source = read_source(image)
+        kept = self._kept.get(source.key)
+        if kept:
+            known[source.key] = kept.photograph
+        if source.key not in known:
+            spec = self.manifest.image
+            photograph = decode(source, max(spec.tower_px, spec.unet_px))
+            square = photograph.square.times(photograph.scale)
+            known[source.key] = _Photograph(source.key, square, *prepare(photograph, spec))
+        return known[source.key]
+
+    def _run(self, function: Callable[_P, _R], *args: _P.args, **options: _P.kwargs) -> _R:
+        """Call a function that runs blocks, for a caller who holds a slot.
+
+        In as many threads as there are slots, so that few keep a heap for tensors, however many
+        call. Where a caller is interrupted the function goes on, and the next one waits for it.
+        """
+        return self._running.submit(function, *args, **options).result()
 
     def _predict(self, case: _Case, *, mask: bool, evidence: bool) -> Prediction:
         manifest, clock, photograph = self.manifest, _Clock(), case.photograph
         masks: dict[str, npt.NDArray[np.float32]] | None = None
         with clock("total"):
-            kept = self._kept.get(photograph.key)
-            if kept:
-                tensors, text = kept.tensors, self._text_tensors(case.text, clock)
-            else:
-                self._make_room()
-                tensors, text = self._encode(*photograph.batch, case.text, clock)
-            scores, outputs = self._decode(tensors, text, clock)
+            tensors, scores, planes = self._run(self._compute, case, clock, mask=mask)
             log_probabilities = _log_softmax(scores / manifest.temperature)  # (K,)
-            if mask:
-                with clock("unet_decoder"):
-                    values = self._engine.run("unet_decoder", {**tensors, **outputs})["mask"]
-                    planes = self._engine.backend.to_host(values)[0]  # (M, U, U)
-                _check_output("unet_decoder", planes, len(manifest.mask_kinds))
+            if planes is not None:
                 masks = dict(zip(manifest.mask_kinds, planes, strict=True))
             grid = None
             if evidence:
@@ -386,6 +383,25 @@ class MDFClassifier:
             engine=self.identity,
             notice=manifest.notice,
         )
+
+    def _compute(
+        self, case: _Case, clock: _Clock, *, mask: bool
+    ) -> tuple[dict[str, Tensor], Scores, Pixels | None]:
+        """Run the blocks: tensors to keep, scores (K,), and the masks (M, U, U) if asked for."""
+        kept = self._kept.get(case.photograph.key)
+        if kept:
+            tensors, text = kept.tensors, self._text_tensors(case.text, clock)
+        else:
+            self._make_room()
+            tensors, text = self._encode(*case.photograph.batch, case.text, clock)
+        scores, outputs = self._decode(tensors, text, clock)
+        if not mask:
+            return tensors, scores, None
+        with clock("unet_decoder"):
+            values = self._engine.run("unet_decoder", {**tensors, **outputs})["mask"]
+            planes: Pixels = self._engine.backend.to_host(values)[0]
+        _check_output("unet_decoder", planes, len(self.manifest.mask_kinds))
+        return tensors, scores, planes
 
     def _make_room(self) -> None:
         """Let the oldest photograph go before the next is computed, not after."""
@@ -438,6 +454,21 @@ class MDFClassifier:
         _check_output("decoder", scores, len(self.manifest.labels))
         return scores, outputs
 
+    def _decode_text(
+        self, tensors: Mapping[str, Tensor], text: EncodedText, clock: _Clock
+    ) -> tuple[Scores, dict[str, Tensor]]:
+        return self._decode(tensors, self._text_tensors(text, clock), clock)
+
+    def _average(self, tower: Pixels, unet: Pixels) -> Pixels:
+        """Average what the image encoders give of one case over its places: (F,)."""
+        states = self._engine.run("vision", {"tower_pixels": tower})
+        maps = self._engine.run("unet_encoder", {"unet_pixels": unet})
+        tokens, *planes = [
+            self._engine.backend.to_host(t)[0] for t in (*states.values(), *maps.values())
+        ]
+        pooled = [tokens.mean(axis=0), *(plane.mean(axis=(1, 2)) for plane in planes)]
+        return np.concatenate(pooled, dtype=np.float32)
+
     def _score(self, tower: Pixels, unet: Pixels, text: EncodedText) -> Scores:
         """Score one case, and keep nothing of it: scores (K,)."""
         scores, _ = self._decode(*self._encode(tower, unet, text, _Clock()), _Clock())
@@ -454,7 +485,8 @@ class MDFClassifier:
         """
         spec, photograph, best = self.manifest.image, case.photograph, int(whole.argmax())
         drops = np.zeros((GRID, GRID), np.float32)
-        for row in range(GRID):
+
+        def fill(row: int) -> None:
             tower = cover_cells(photograph.tower_pixels, spec.tower_mean, spec.tower_std, row)
             unet = cover_cells(photograph.unet_pixels, spec.unet_mean, spec.unet_std, row)
             for column in range(GRID):
@@ -462,6 +494,9 @@ class MDFClassifier:
                 scores = self._score(tower[one], unet[one], case.text)
                 covered = _log_softmax(scores / self.manifest.temperature)
                 drops[row, column] = _log_odds(whole, best) - _log_odds(covered, best)
+
+        for row in range(GRID):
+            self._run(fill, row)  # row by row: after an interrupt only one is finished
         return drops
 
 

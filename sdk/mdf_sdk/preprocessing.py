@@ -100,6 +100,16 @@ class Thumbnail:
         return Square((left + right - side) // 2, (top + bottom - side) // 2, side)
 
 
+def shared_threads() -> ThreadPoolExecutor:
+    """One thread for each core, for whoever prepares photographs in this process.
+
+    A C library may give every thread a heap of its own, and keep what it once grew to: a
+    photograph's temporaries belong into few threads that stay. A task may wait for another one only
+    where `cancel()` fails, or all threads may wait for one that never begins.
+    """
+    return _threads_of(os.getpid())  # a forked process has none of its parent's
+
+
 def find_square(image: Picture) -> Square:
     """Find the bounding square of the field of view; without a dark surround, of the whole."""
     return Thumbnail.of_array(image).square
@@ -163,7 +173,7 @@ def square_pixels(squared: Image.Image, spec: ImageSpec) -> tuple[Pixels, Pixels
         _normalize(strip, mean, std, pixels[:, slice(*rows)])
 
     # Pillow and numpy let go of Python's lock.
-    threads = _beside(os.getpid())
+    threads = shared_threads()
     first, *others = (
         (pixels, *how, rows)
         for pixels, how in zip((tower, unet), wanted, strict=True)
@@ -171,8 +181,12 @@ def square_pixels(squared: Image.Image, spec: ImageSpec) -> tuple[Pixels, Pixels
     )
     later = [threads.submit(fill, *strip) for strip in others]
     fill(*first)
-    for strip in later:
-        strip.result()
+    for strip, task in zip(others, later, strict=True):
+        # This may be one of those threads, and all others busy: what has not begun is done here.
+        if task.cancel():
+            fill(*strip)
+        else:
+            task.result()
     return tower, unet
 
 
@@ -201,8 +215,7 @@ def _empty_pixels(*sides_px: int) -> list[Pixels]:
 
 
 @functools.cache
-def _beside(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one has none of its parent's."""
+def _threads_of(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(usable_cores(), f"mdf-pixels-{process}")
 
 
