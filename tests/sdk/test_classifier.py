@@ -1,9 +1,14 @@
 import dataclasses
 import itertools
+import multiprocessing
+import signal
+import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,11 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from PIL import Image
 
+import mdf_sdk.classifier
 from mdf_sdk import (
     BackendRunError,
     BusyError,
+    ClosedError,
     EngineError,
     ImageError,
     InputError,
@@ -30,6 +37,7 @@ from mdf_sdk import (
     load_manifest,
 )
 from mdf_sdk.evidence import cover_cells
+from mdf_sdk.machine import usable_cores
 from mdf_sdk.preprocessing import find_square, to_pixels
 from mdf_sdk.sessions import Tensor
 from mdf_sdk.sessions.onnxruntime_cpu import OnnxRuntimeCpu
@@ -549,6 +557,124 @@ def test_blocks_that_do_not_depend_on_each_other_overlap_on_a_card_and_fail_toge
         meeting.abort()
         with pytest.raises(threading.BrokenBarrierError):
             classifier.predict(photograph // 2, "58 years old")
+
+
+def test_photographs_are_prepared_and_blocks_run_in_few_threads_none_of_them_the_callers(
+    toy_engine: Path, photograph: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[str]] = {"decode": set(), "run": set()}
+
+    def note(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            seen[step].add(threading.current_thread().name)
+            return function(*args)
+
+        return noted
+
+    monkeypatch.setattr(mdf_sdk.classifier, "decode", note("decode", mdf_sdk.classifier.decode))
+    with MDFClassifier(toy_engine, device="cpu", threads=1) as classifier:
+        for block in classifier.manifest.blocks:
+            session = classifier._engine.open(block)
+            monkeypatch.setattr(session, "run", note("run", session.run))
+
+        def call(number: int) -> None:
+            picture = np.roll(photograph, number, axis=1)
+            classifier.predict(picture, "58 years old", mask=True, evidence=number == 0)
+            classifier.predict_batch([picture // 2], ["58 years old"])
+
+        with ThreadPoolExecutor(8, "caller") as pool:
+            list(pool.map(call, range(16)))
+        tower, unet = (p[None] for p in to_pixels(photograph, classifier.manifest.image))
+        classifier.score(tower, unet, ["58 years old"])
+        classifier.image_features(tower, unet)
+        classifier.text_only_scores(["58 years old"])
+        classifier.warm_up()
+        slots = classifier._engine.backend.slots
+    assert 0 < len(seen["decode"]) <= usable_cores()
+    assert 0 < len(seen["run"]) <= slots
+    assert all(name.startswith("mdf-pixels") for name in seen["decode"])
+    assert all(name.startswith("mdf-run") for name in seen["run"])
+
+
+def test_close_ends_the_threads_that_run_blocks(toy_engine: Path, photograph: Picture) -> None:
+    before = set(threading.enumerate())
+    with MDFClassifier(toy_engine, device="cpu") as classifier:
+        classifier.predict(photograph, "58 years old")
+        running = set(threading.enumerate()) - before
+        assert any(thread.name.startswith("mdf-run") for thread in running)
+    left = [t.name for t in running if t.is_alive() and not t.name.startswith("mdf-pixels")]
+    assert not left
+
+
+def test_a_photograph_is_let_go_after_the_call(toy_engine: Path, photograph: Picture) -> None:
+    with MDFClassifier(toy_engine, device="cpu") as classifier:
+        for text, fails in (("58 years old", False), ("", True)):
+            picture = photograph.copy()
+            held = weakref.ref(picture)
+            with pytest.raises(TextError) if fails else nullcontext():
+                classifier.predict(picture, text)
+            del picture
+            deadline = time.monotonic() + 10  # a thread lets go of it just after it has answered
+            while held() is not None and time.monotonic() < deadline:
+                pass
+            assert held() is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows waits for a lock without interrupt")
+def test_what_an_interrupted_caller_left_ends_before_the_next_runs_and_before_close(
+    toy_engine: Path, photograph: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        MDFClassifier(toy_engine, device="cpu", threads=None) as classifier,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        expected = classifier.predict(photograph, "58 years old").scores
+        session, leave = classifier._engine.open("decoder"), threading.Event()
+        run, ended = session.run, threading.Event()
+
+        def interrupt(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            monkeypatch.setattr(session, "run", run)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            assert leave.wait(10)
+            outputs = run(inputs)
+            ended.set()
+            return outputs
+
+        for follow in (lambda: classifier.predict(photograph, "58 years old"), classifier.close):
+            leave.clear()
+            ended.clear()
+            monkeypatch.setattr(session, "run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                classifier.predict(photograph, "9 years old")
+            following = pool.submit(follow)
+            with pytest.raises(TimeoutError):
+                following.result(0.1)
+            leave.set()
+            found = following.result(10)
+            assert ended.is_set()
+            assert found is None or found.scores == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows forks no process")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_make_its_own(toy_engine: Path, photograph: Picture) -> None:
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    with MDFClassifier(toy_engine, device="cpu") as classifier:
+        classifier.predict(photograph, "58 years old")
+
+        def child() -> None:
+            try:
+                classifier.predict(photograph, "58 years old")
+            except ClosedError as error:
+                answers.put(str(error))
+            classifier.close()
+
+        process = context.Process(target=child)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 0
+        assert "after the fork" in answers.get()
 
 
 @pytest.mark.parametrize("max_waiting", [-1, 1.5, None])

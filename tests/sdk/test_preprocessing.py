@@ -13,7 +13,14 @@ from PIL import Image
 
 from mdf_sdk.manifest import ImageSpec
 from mdf_sdk.photograph import decode, load_photograph, read_source
-from mdf_sdk.preprocessing import Square, crop_square, find_square, normalize, to_pixels
+from mdf_sdk.preprocessing import (
+    Square,
+    crop_square,
+    find_square,
+    normalize,
+    shared_threads,
+    to_pixels,
+)
 
 SPEC = ImageSpec(56, 48, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (0.0,) * 3, (1.0,) * 3)
 Picture = npt.NDArray[np.uint8]
@@ -149,6 +156,14 @@ def test_squaring_a_camera_photograph_takes_milliseconds(photograph: Picture) ->
         to_pixels(large, spec)
         times_s.append(time.perf_counter() - start)
     assert min(times_s) < 0.1  # 14 ms on an idle core; the bound only tells ms from s
+
+
+def test_threads_that_are_all_busy_with_photographs_wait_for_no_strip(photograph: Picture) -> None:
+    expected = to_pixels(photograph, SPEC)
+    tasks = [shared_threads().submit(to_pixels, photograph, SPEC) for _ in range(50)]
+    for task in tasks:
+        for first, second in zip(task.result(20), expected, strict=True):
+            np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows forks no process")
