@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mdf_export.blocks.source import check_given
 from mdf_export.gptq import Hessian, gptq
-from mdf_export.quantize import BITS, QuantizedWeight, pack_int4, unpack_int4
+from mdf_export.quantize import BITS, W8A8_BITS, QuantizedWeight, pack_int4, unpack_int4
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError, DataError
@@ -79,7 +79,9 @@ def quantizable_linears(checkpoint: StreamedCheckpoint, recipe: ExportRecipe) ->
         inside = name.startswith(("backbone.model.language_model.layers.", "fusion."))
         if inside and isinstance(module, nn.Linear):
             precision = recipe.kept.get(name, recipe.precision)
-            if precision in BITS and module.in_features % recipe.block_size == 0:
+            if precision == "w8a8":
+                found[name] = W8A8_BITS
+            elif precision in BITS and module.in_features % recipe.block_size == 0:
                 found[name] = BITS[precision]
     return found
 
@@ -219,13 +221,15 @@ class _CalibrationRun:
         elif name in self._store:
             quantized = self._store[name]
         else:
+            bits = self._bits[name]
+            one_group = bits == W8A8_BITS
             try:
                 quantized = gptq(
                     linear.weight,
                     self._second_moments(inputs[0], name),
-                    self._bits[name],
-                    self._recipe.block_size,
-                    act_order=self._recipe.act_order,
+                    bits,
+                    linear.in_features if one_group else self._recipe.block_size,
+                    act_order=one_group or self._recipe.act_order,
                     search=self._recipe.search,
                 )
             except CheckpointError as error:

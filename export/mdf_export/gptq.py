@@ -60,7 +60,7 @@ def gptq(
     Args:
         weight: float (N, K), finite; K a multiple of block_size.
         hessian: float32 (K, K), the mean of x x^T over inputs x, on the weight's device.
-        bits: 4 or 8.
+        bits: 4 or 8, or W8A8_BITS.
         block_size: weights along K that share a scale.
         act_order: round the features of largest second moment first, with scales fitted to the
             weight beforehand, so that groups stay consecutive. Otherwise the features go in their
@@ -98,7 +98,8 @@ def gptq(
         for group, features in enumerate(original.split(block_size)):
             fit(group, features)
     groups = (order // block_size).tolist()
-    lazy = max(LAZY_FEATURES // block_size, 1) * block_size
+    # Without act_order a group is fitted in its turn, and has to lie in one portion.
+    lazy = LAZY_FEATURES if act_order else max(LAZY_FEATURES // block_size, 1) * block_size
     for start in range(0, k, lazy):
         rows = errors[start : start + lazy]
         stop = start + rows.shape[0]

@@ -9,6 +9,7 @@ BITS = {"int4": 4, "int8": 8}
 # Levels of W8A8 on either side of zero. Processors without VNNI add two products of an unsigned and
 # a signed byte in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 would not, and would be clipped unseen.
 W8A8_ROW_LEVELS, W8A8_WEIGHT_LEVELS = 127, 64
+W8A8_BITS = 7  # whose range, [-64, 63], GPTQ keeps to
 # Shrinkages of a group's widest scale that a search tries: clipping an outlier can pay, and where
 # one feature's activations dwarf the others', the scale that suits it can be far smaller.
 SHRINKAGES = torch.linspace(1.0, 0.2, 33)
@@ -22,7 +23,7 @@ class QuantizedWeight:
         codes: int8 (K, N) in [-2 ** (bits - 1), 2 ** (bits - 1) - 1].
         scales: float32 (K / block_size, N), positive as TensorRT demands, and exactly
             representable in float16, as an engine stores them.
-        bits: 4 or 8.
+        bits: 4 or 8; of W8A8, W8A8_BITS in one group.
         order: int64 (K,), the input feature that each row of the codes belongs to; None where
             they stand in their own order.
     """
@@ -85,6 +86,11 @@ def w8a8_scales(weight: Tensor) -> Tensor:
     """Return the scales (N,) that clip nothing of a weight (N, K)."""
     scales = weight.float().abs().amax(dim=1) / W8A8_WEIGHT_LEVELS
     return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def as_w8a8(weight: QuantizedWeight) -> W8A8Weight:
+    """Take a weight of W8A8_BITS in one group along K for the product of integers."""
+    return W8A8Weight(weight.codes, weight.scales[0])
 
 
 def to_float8(weight: Tensor, input_max: float) -> Float8Weight:

@@ -25,10 +25,9 @@ class ExportRecipe:
         vision_precision: of the vision tower: "fp16"; "int8", weight-only; or "fp8", Q/DQ, for
             cards of compute capability 8.9 on. By default "int8" beside "int4", and "fp16" beside
             the others; what the engine's is where that is "fp32" or "w8a8".
-        method: "gptq", calibrated through the fused forward; or "rtn", round to nearest, which
-            is all there is for "w8a8".
-        block_size: weights along K that share a scale: 32, 64 or 128.
-        act_order: GPTQ takes the input features by falling energy.
+        method: "gptq", calibrated through the fused forward; or "rtn", round to nearest.
+        block_size: weights along K that share a scale: 32, 64 or 128; of "w8a8" all of them do.
+        act_order: GPTQ takes the input features by falling energy; for "w8a8" it always does.
         search: scales of least squared error, instead of those that clip nothing.
         calibration: where GPTQ's cases, and those of the fp8 scales, come from: a folder with
             labels.csv, or synthetic:COUNT:SEED.
@@ -52,8 +51,6 @@ class ExportRecipe:
         if self.vision_precision is None:
             narrow = "int8" if self.precision == "int4" else "fp16"
             object.__setattr__(self, "vision_precision", self.precision if whole else narrow)
-        if self.precision == "w8a8":
-            object.__setattr__(self, "method", "rtn")
         choices: tuple[tuple[str, tuple[Any, ...]], ...] = (
             ("precision", ("fp32", "fp16", "int8", "int4", "w8a8")),
             ("vision_precision", (self.precision,) if whole else VISION_PRECISIONS),

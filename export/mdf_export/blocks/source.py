@@ -7,7 +7,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mdf_export.graph import GraphBuilder, Weight
-from mdf_export.quantize import BITS, QuantizedWeight, round_to_nearest, to_float8, to_w8a8
+from mdf_export.quantize import (
+    BITS,
+    QuantizedWeight,
+    as_w8a8,
+    round_to_nearest,
+    to_float8,
+    to_w8a8,
+)
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError
@@ -73,9 +80,10 @@ class BlockSource:
         name = self.checkpoint.name_of(linear)
         if name in self.given:
             return check_given(name, self.given[name], linear.weight)
-        if name in self.calibrated:
-            return self.calibrated[name]
         precision = self.recipe.kept.get(name, precision)
+        if name in self.calibrated:
+            weight = self.calibrated[name]
+            return as_w8a8(weight) if precision == "w8a8" else weight
         block_size = self.recipe.block_size
         if precision in BITS and linear.in_features % block_size == 0:
             return round_to_nearest(linear.weight, BITS[precision], block_size)
