@@ -77,11 +77,12 @@ def int4_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def w8a8_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint in w8a8; not to be changed."""
+    """The tiny checkpoint in w8a8, calibrated on 8 cases; not to be changed."""
     from mdf_export import build_engine
+    from mdf_export.recipe import ExportRecipe
 
     engine = tmp_path_factory.mktemp("engines") / "w8a8"
-    build_engine(tiny_checkpoint, engine, "w8a8")
+    build_engine(tiny_checkpoint, engine, ExportRecipe("w8a8", calibration_cases=8))
     return engine
 
 

@@ -42,7 +42,7 @@ RECIPES = {
     "int8": ExportRecipe("int8", "int8", method="rtn"),
     "fp8": ExportRecipe("fp16", "fp8", calibration_cases=8),
     "int4": ExportRecipe("int4", method="rtn"),
-    "w8a8": ExportRecipe("w8a8"),
+    "w8a8": ExportRecipe("w8a8", method="rtn"),
 }
 # One short and one long text, alone and together: padding, batch and length are all free
 # dimensions.

@@ -10,7 +10,14 @@ from torch import Tensor
 
 import mdf_export.gptq
 from mdf_export.gptq import Hessian, gptq
-from mdf_export.quantize import QuantizedWeight, round_to_nearest, search_scales
+from mdf_export.quantize import (
+    W8A8_BITS,
+    QuantizedWeight,
+    as_w8a8,
+    round_to_nearest,
+    search_scales,
+    to_w8a8,
+)
 from mdf_sdk.errors import CheckpointError
 
 DATA = Path(__file__).parent / "data"
@@ -199,6 +206,17 @@ def test_outputs_do_not_touch_each_other(
     # Apart they are the same up to the order in which a product is summed.
     alone = rounded(weight[:16])
     assert (alone.codes == joined.codes[:, :16]).float().mean() > 0.99
+
+
+def test_for_w8a8_the_loss_is_below_round_to_nearests_and_sums_fit_16_bits(
+    weight: Tensor, hessian: Tensor
+) -> None:
+    found = as_w8a8(gptq(weight, hessian, W8A8_BITS, K, act_order=True, search=True))
+    plain = to_w8a8(weight)
+    losses = [loss(weight, (w.codes * w.scales).T, hessian) for w in (found, plain)]
+    assert losses[0] < 0.5 * losses[1]
+    # Of two products with an unsigned byte.
+    assert 2 * 255 * int(found.codes.int().abs().max()) < 2**15
 
 
 def test_a_feature_that_was_always_zero_is_rounded_plainly(weight: Tensor, inputs: Tensor) -> None:
