@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
@@ -74,3 +75,18 @@ def test_the_graphs_of_an_engine_have_all_of_it(tiny_engine: Path) -> None:
     assert fusion["MultiHeadAttention"] == 4
     assert decoder["MultiHeadAttention"] == decoder["Expand"] / 2 > 0
     assert decoder["Where"] == 1
+
+
+def test_the_towers_batch_stays_free(tiny_engine: Path, tmp_path: Path) -> None:
+    """Were it known to be 1, ONNX Runtime would make Gemm of the tower's products, with a copy of
+    the bias before each: 1.5 ms at the 11B shape (H200)."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(tiny_engine)
+    )
+    graph = (tiny_engine / f"vision.onnx{FUSED_SUFFIX}").read_bytes()
+    onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+    assert "Gemm" not in {n.op_type for n in optimized.node}
