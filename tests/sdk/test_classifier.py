@@ -634,6 +634,7 @@ def test_what_an_interrupted_caller_left_ends_before_the_next_runs_and_before_cl
 
         def interrupt(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             monkeypatch.setattr(session, "run", run)
+            leave.wait(0.2)  # the caller waits by then; on its way there Python hears no signal
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             assert leave.wait(10)
             outputs = run(inputs)
