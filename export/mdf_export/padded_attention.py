@@ -16,7 +16,6 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from mdf_export.new_nodes import NewNodes
 from mdf_export.residual_norms import DOMAIN
 
-PADDING = "padding"  # the scope of nodes that compute rows of padding alone
 _APART = 128.0  # of a query, and negative of a key; with its square exact in float16
 _HEAD_STEP = 8  # fused kernels take heads of multiples of it
 
@@ -52,30 +51,23 @@ def merge_padded_attention(
         heads = next(a.i for a in patches.attribute if a.name == "q_num_heads")
         width = int(integers[split.input[1]][0]) // heads
         first, end = (int(integers[name][0]) for name in slices[1].input[1:3])
+        wider = width + _HEAD_STEP - width % _HEAD_STEP
         qkv, output = split.input[0], node.output[0]
-        new = NewNodes(patches.name)
+        made = NewNodes(patches.name)
         if not added:  # every layer's are alike
-            features = _features_apart(heads, width, first, end, float_type)
-            added = _tile_batch(new, features, qkv)
-        _attend(new, qkv, added, output, heads, width)
-        merged[output] = new.nodes
+            features = np.zeros((1, end, 3 * heads, wider - width), float_type)
+            features[:, first:, :heads, 0] = _APART
+            features[:, first:, heads : 2 * heads, 0] = -_APART
+            added = _tile_batch(made, features, qkv)
+        _attend(made, qkv, added, output, heads, width, wider)
+        merged[output] = made.nodes
         gone |= {name for part in (*pair, *slices, split) for name in part.output}
     return [
-        new
+        kept
         for node in nodes
         if not gone & set(node.output)
-        for new in merged.get(node.output[0], [node])
+        for kept in merged.get(node.output[0], [node])
     ]
-
-
-def _features_apart(
-    heads: int, width: int, first: int, end: int, float_type: str
-) -> npt.NDArray[Any]:
-    """What the heads of q, k and v (1, end, 3 * heads, width) are made wider by."""
-    added = np.zeros((1, end, 3 * heads, _HEAD_STEP - width % _HEAD_STEP), float_type)
-    added[:, first:, :heads, 0] = _APART
-    added[:, first:, heads : 2 * heads, 0] = -_APART
-    return added
 
 
 def _tile_batch(new: NewNodes, value: npt.NDArray[Any], like: str) -> str:
@@ -88,14 +80,16 @@ def _tile_batch(new: NewNodes, value: npt.NDArray[Any], like: str) -> str:
     return new.op("Expand", new.constant(value), shape)
 
 
-def _attend(new: NewNodes, qkv: str, added: str, output: str, heads: int, width: int) -> None:
-    """Attention on q, k and v (B, T, 3 * heads * width), scaled for the width that they had."""
+def _attend(
+    new: NewNodes, qkv: str, added: str, output: str, heads: int, width: int, wider: int
+) -> None:
+    """Attention on q, k and v (B, T, 3 * heads * width), whose heads are made wider."""
     x = new.op("Reshape", qkv, new.ints(0, 0, 3 * heads, width))
     x = new.op("Reshape", new.op("Concat", x, added, axis=3), new.ints(0, 0, -1))
     parts = [f"{output}/{part}" for part in "qkv"]
     new.op("Split", x, outputs=parts, axis=2, num_outputs=3)
     scale = width**-0.5
     x = new.op("MultiHeadAttention", *parts, domain=DOMAIN, num_heads=heads, scale=scale)
-    x = new.op("Reshape", x, new.ints(0, 0, heads, width + _HEAD_STEP - width % _HEAD_STEP))
+    x = new.op("Reshape", x, new.ints(0, 0, heads, wider))
     x = new.op("Slice", x, new.ints(0), new.ints(width), new.ints(3))
     new.op("Reshape", x, new.ints(0, 0, -1), outputs=[output])

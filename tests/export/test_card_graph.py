@@ -78,8 +78,8 @@ def test_the_graphs_of_an_engine_have_all_of_it(tiny_engine: Path) -> None:
 
 
 def test_the_towers_batch_stays_free(tiny_engine: Path, tmp_path: Path) -> None:
-    """Were it known to be 1, ONNX Runtime would make Gemm of the tower's products, with a copy of
-    the bias before each: 1.5 ms at the 11B shape (H200)."""
+    """Were it known to be 1, ONNX Runtime would make Gemm of the tower's products, which on a card
+    copies the bias before each."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3

@@ -9,7 +9,6 @@ from torch import Tensor
 from mdf_export.blocks.layers import embed_patches, gated, layer_norm
 from mdf_export.blocks.source import BlockSource
 from mdf_export.graph import DTYPES, GraphBuilder
-from mdf_export.padded_attention import PADDING
 from mdf_export.streaming import StreamedCheckpoint
 
 
@@ -112,7 +111,7 @@ def _tower_attention(
         return g.op("Slice", x, g.ints(start), g.ints(end), g.ints(1))
 
     real = g.attention(rows(q, 0, patches), k, v, heads, heads)
-    with g.scope(PADDING):
+    with g.scope("padding"):
         padded = rows(q, patches, patches + padding)
         seen = (rows(k, 0, patches), rows(v, 0, patches))
         padded = g.attention(padded, *seen, heads, heads)
