@@ -2,10 +2,8 @@
 
 import os
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, Self, TypeVar
 
@@ -13,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mdf_sdk.admission import Admission
+from mdf_sdk.clock import Clock
 from mdf_sdk.engine import Engine
 from mdf_sdk.errors import BackendRunError, InputError, ManifestError
 from mdf_sdk.evidence import GRID, cover_cells
@@ -59,19 +58,6 @@ class _Case:
     photograph: _Photograph
     text: EncodedText
     latency_ms: dict[str, float]
-
-
-class _Clock:
-    """Adds up the milliseconds of each stage."""
-
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.ms[stage] = self.ms.get(stage, 0.0) + 1000 * (time.perf_counter() - start)
 
 
 class MDFClassifier:
@@ -255,7 +241,7 @@ class MDFClassifier:
         scores: list[Scores] = []
         for text in [self._engine.prompt.encode(text) for text in texts]:
             with self._admission.enter(again=bool(scores)):
-                scores.append(self._run(self._decode_text, tensors, text, _Clock())[0])
+                scores.append(self._run(self._decode_text, tensors, text, Clock())[0])
         return np.stack(scores)
 
     def image_features(self, tower_pixels: Pixels, unet_pixels: Pixels) -> Pixels:
@@ -293,9 +279,9 @@ class MDFClassifier:
         tried = reversed(by_rows.values()) if len(by_rows) < len(lengths) else (1,)
         texts = [EncodedText((prompt.image_id,) * length, dropped_tokens=0) for length in tried]
         with self._admission.enter():
-            tensors, _ = self._run(self._encode, tower, unet, texts[0], _Clock())
+            tensors, _ = self._run(self._encode, tower, unet, texts[0], Clock())
             for text in texts:
-                self._run(self._decode_text, tensors, text, _Clock())
+                self._run(self._decode_text, tensors, text, Clock())
 
     def device_bytes(self) -> int | None:
         """Bytes in use on the card, by all processes; None on the CPU."""
@@ -322,12 +308,12 @@ class MDFClassifier:
     def _prepare(self, image: ImageSource, text: str, known: dict[bytes, _Photograph]) -> _Case:
         """Check and prepare one case; decode no photograph that is kept or among `known`."""
         self._admission.check_open()
-        clock = _Clock()
+        clock = Clock()
         with clock("text"):
             encoded = self._engine.prompt.encode(text)
         with clock("image"):
             photograph = shared_threads().submit(self._photograph, image, known).result()
-        return _Case(photograph, encoded, clock.ms)
+        return _Case(photograph, encoded, clock.ms())
 
     def _photograph(self, image: ImageSource, known: dict[bytes, _Photograph]) -> _Photograph:
         source = read_source(image)
@@ -350,7 +336,7 @@ class MDFClassifier:
         return self._running.submit(function, *args, **options).result()
 
     def _predict(self, case: _Case, *, mask: bool, evidence: bool) -> Prediction:
-        manifest, clock, photograph = self.manifest, _Clock(), case.photograph
+        manifest, clock, photograph = self.manifest, Clock(), case.photograph
         masks: dict[str, npt.NDArray[np.float32]] | None = None
         with clock("total"):
             tensors, scores, planes = self._run(self._compute, case, clock, mask=mask)
@@ -365,7 +351,7 @@ class MDFClassifier:
 
         probabilities = np.exp(log_probabilities)
         best = int(scores.argmax())
-        latency_ms = dict.fromkeys(_STAGES, 0.0) | clock.ms
+        latency_ms = dict.fromkeys(_STAGES, 0.0) | clock.ms()
         for stage, ms in case.latency_ms.items():
             latency_ms[stage] += ms
             latency_ms["total"] += ms
@@ -385,7 +371,7 @@ class MDFClassifier:
         )
 
     def _compute(
-        self, case: _Case, clock: _Clock, *, mask: bool
+        self, case: _Case, clock: Clock, *, mask: bool
     ) -> tuple[dict[str, Tensor], Scores, Pixels | None]:
         """Run the blocks: tensors to keep, scores (K,), and the masks (M, U, U) if asked for."""
         kept = self._kept.get(case.photograph.key)
@@ -417,45 +403,49 @@ class MDFClassifier:
             self._kept = {kept.photograph.key: kept for kept in newest}
 
     def _encode(
-        self, tower: Pixels, unet: Pixels, text: EncodedText, clock: _Clock
+        self, tower: Pixels, unet: Pixels, text: EncodedText, clock: Clock
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the blocks that read the photograph, and beside them on a card prepare the text;
         return what the decoders read of each."""
 
-        def run(block: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            with clock(block):
-                return self._engine.run(block, inputs)
+        def run_tower() -> dict[str, Tensor]:
+            with clock("vision", self._engine.backend.mark):
+                return self._engine.run("vision", {"tower_pixels": tower})
+
+        def run_unet() -> dict[str, Tensor]:
+            with clock("unet_encoder"):
+                return self._engine.run("unet_encoder", {"unet_pixels": unet})
 
         if self._beside:
-            features_later = self._beside.submit(run, "unet_encoder", {"unet_pixels": unet})
+            features_later = self._beside.submit(run_unet)
             text_later = self._beside.submit(self._text_tensors, text, clock)
             try:
-                states = run("vision", {"tower_pixels": tower})
+                states = run_tower()
             finally:
                 wait([features_later, text_later])
             features, text_tensors = features_later.result(), text_later.result()
         else:
-            states = run("vision", {"tower_pixels": tower})
-            features = run("unet_encoder", {"unet_pixels": unet})
+            states, features = run_tower(), run_unet()
             text_tensors = self._text_tensors(text, clock)
-        return features | run("fusion", states | features), text_tensors
+        with clock("fusion", self._engine.backend.mark):
+            return features | self._engine.run("fusion", states | features), text_tensors
 
-    def _text_tensors(self, text: EncodedText, clock: _Clock) -> dict[str, Tensor]:
+    def _text_tensors(self, text: EncodedText, clock: Clock) -> dict[str, Tensor]:
         with clock("text"):
             return self._engine.text_tensors([text])
 
     def _decode(
-        self, tensors: Mapping[str, Tensor], text_tensors: Mapping[str, Tensor], clock: _Clock
+        self, tensors: Mapping[str, Tensor], text_tensors: Mapping[str, Tensor], clock: Clock
     ) -> tuple[Scores, dict[str, Tensor]]:
         """Run the decoder: scores (K,), and its other outputs."""
-        with clock("decoder"):
+        with clock("decoder", self._engine.backend.mark):
             outputs = self._engine.run("decoder", {**tensors, **text_tensors})
             scores: Scores = self._engine.backend.to_host(outputs["scores"])[0]
         _check_output("decoder", scores, len(self.manifest.labels))
         return scores, outputs
 
     def _decode_text(
-        self, tensors: Mapping[str, Tensor], text: EncodedText, clock: _Clock
+        self, tensors: Mapping[str, Tensor], text: EncodedText, clock: Clock
     ) -> tuple[Scores, dict[str, Tensor]]:
         return self._decode(tensors, self._text_tensors(text, clock), clock)
 
@@ -471,7 +461,7 @@ class MDFClassifier:
 
     def _score(self, tower: Pixels, unet: Pixels, text: EncodedText) -> Scores:
         """Score one case, and keep nothing of it: scores (K,)."""
-        scores, _ = self._decode(*self._encode(tower, unet, text, _Clock()), _Clock())
+        scores, _ = self._decode(*self._encode(tower, unet, text, Clock()), Clock())
         return scores
 
     def _evidence(self, case: _Case, whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -20,7 +20,7 @@ from mdf_sdk.sessions.tensorrt import TensorRTBackend
 
 from ..sdk import fake_tensorrt  # noqa: TID252 - tests are no installed package
 
-OURS = ("Behavior", "HostCard", "HostMemory", "HostStream", "Manifest", "Path", "PlanSpec")
+OURS = ("Behavior", "HostCard", "HostMemory", "Manifest", "Path", "PlanSpec")
 
 
 @pytest.fixture(scope="module")

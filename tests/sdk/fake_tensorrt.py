@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -28,7 +28,6 @@ from mdf_sdk.manifest import (
     load_manifest,
     save_manifest,
 )
-from mdf_sdk.sessions.device_memory import DeviceArray, Stream, Tensor
 
 from .host_memory import HostMemory
 
@@ -44,9 +43,9 @@ class Behavior:
     diagnostics: int = 0
     fails: str = ""  # a method that returns its failure
     code: str = "UNSPECIFIED_ERROR"
-    unready: set[int] = field(default_factory=set)  # allocated, but not for other streams yet
+    cards: list["HostCard"] = field(default_factory=list)  # for each queue
     replays: int = 0
-    synchronized: int = 0
+    waits: int = 0
     compiled: list[tuple[int, ...]] = field(default_factory=list)
     deserialized: list[bytes] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -241,8 +240,9 @@ class IExecutionContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         if _fails(self._engine._runtime, "execute_async_v3"):
             return False
-        assert stream_handle == HostStream.handle
-        assert not _behavior.unready & {self._memory[0], *self._addresses.values()}
+        (card,) = (card for card in _behavior.cards if card.stream == stream_handle)
+        for pointer in (self._memory[0], *self._addresses.values()):
+            card.check(pointer)
         assert self._memory[1] >= self.update_device_memory_size_for_shapes()
         shapes, config = tuple(self._shapes.values()), self._config
         if config._cache is not None:
@@ -276,27 +276,17 @@ def _fails(runtime: Runtime, method: str) -> bool:
     return True
 
 
-class HostStream:
-    handle = 77
-
-    def synchronize(self) -> None:
-        _behavior.synchronized += 1
-
-
 class HostCard(HostMemory):
     """The host's memory with what TensorRT needs besides."""
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        array = super().empty(shape, dtype)
-        _behavior.unready.add(array.pointer)
-        return array
+    def beside(self) -> Self:
+        other = super().beside()
+        _behavior.cards.append(other)
+        return other
 
-    def write(self, *copies: tuple[DeviceArray, Tensor]) -> None:
-        super().write(*copies)
-        _behavior.unready.clear()
-
-    def open_stream(self) -> Stream:
-        return HostStream()
+    def wait(self) -> None:
+        super().wait()
+        _behavior.waits += 1
 
 
 def compile_toy(

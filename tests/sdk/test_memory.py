@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mdf_sdk import Manifest, load_manifest
+from mdf_sdk.clock import Mark
 from mdf_sdk.engine import Engine
 from mdf_sdk.errors import DeviceMemoryError
 from mdf_sdk.manifest import BLOCKS, FileEntry, PlanSpec, Precision
@@ -72,6 +73,9 @@ class Card:
         raise AssertionError("not to be asked")
 
     def to_host(self, tensor: Tensor) -> Array:
+        raise AssertionError("not to be asked")
+
+    def mark(self) -> Mark:
         raise AssertionError("not to be asked")
 
     def device_bytes(self) -> int | None:

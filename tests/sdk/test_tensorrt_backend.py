@@ -234,7 +234,7 @@ def test_memory_in_use_is_waited_for_when_a_run_fails(compiled: Path, behavior: 
     behavior.fails = "execute_async_v3"
     with pytest.raises(BackendRunError):
         session.run({"unet_pixels": PIXELS[:1]})
-    assert behavior.synchronized == 1
+    assert behavior.waits == 1
 
 
 @pytest.mark.parametrize("method", ["deserialize_cuda_engine", "execute_async_v3"])

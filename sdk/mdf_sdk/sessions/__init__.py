@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from mdf_sdk.clock import Mark
 from mdf_sdk.errors import BackendUnavailableError
 from mdf_sdk.manifest import PROCESSORS_ALONE, Manifest
 from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
@@ -29,7 +30,10 @@ class Session(Protocol):
     """One loaded block. One call at a time."""
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute all outputs; the inputs have the names and dtypes of the block's spec."""
+        """Compute all outputs; the inputs have the names and dtypes of the block's spec.
+
+        On a card they may be queued: `to_host` waits for them.
+        """
 
     def close(self) -> None:
         """Free the block's memory; a second call does nothing."""
@@ -67,6 +71,9 @@ class Backend(Protocol):
 
     def to_host(self, tensor: Tensor) -> Array:
         """The tensor as a numpy array."""
+
+    def mark(self) -> Mark:
+        """The moment at which all that `run` has queued is done."""
 
     def free_and_total_bytes(self) -> tuple[int, int] | None:
         """Of the card's memory, or the host's on the CPU, by all processes; None where unknown."""

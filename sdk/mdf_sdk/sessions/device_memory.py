@@ -1,14 +1,18 @@
 """Arrays in a card's memory: what one block gives the next without passing through the host."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from mdf_sdk.clock import Mark
 from mdf_sdk.errors import BackendRunError, BackendUnavailableError, DeviceMemoryError
 
 Array = npt.NDArray[Any]
@@ -44,19 +48,8 @@ class DeviceArray:
 Tensor = Array | DeviceArray
 
 
-class Stream(Protocol):
-    """A queue of work on the card; what lies in different ones may overlap."""
-
-    @property
-    def handle(self) -> int:
-        """Its cudaStream_t."""
-
-    def synchronize(self) -> None:
-        """Wait until all of its work is done."""
-
-
 class DeviceMemory(Protocol):
-    """The memory of one card."""
+    """The memory of one card, and a queue of work in it: what is queued is done in this order."""
 
     @property
     def kind(self) -> str:
@@ -70,17 +63,36 @@ class DeviceMemory(Protocol):
     def compute_capability(self) -> str:
         """E.g. "8.9"."""
 
-    def open_stream(self) -> Stream:
-        """Make a stream; it lives as long as the object."""
+    @property
+    def stream(self) -> int:
+        """The queue, as a cudaStream_t."""
+
+    def beside(self) -> Self:
+        """The same memory with another queue: what is in different ones may overlap.
+
+        What one queue made another may use after a `wait`.
+        """
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        """Allocate; the content is undefined. Other streams may use it after the next `write`."""
+        """Allocate, for what is queued from now on; the content is undefined."""
 
     def write(self, *copies: tuple[DeviceArray, Tensor]) -> None:
-        """Copy to each target a source of the same shape and dtype; done when the call returns."""
+        """Queue copies to each target from a source of the same shape and dtype.
+
+        A source on the host has been read when the call returns.
+        """
 
     def to_host(self, source: DeviceArray) -> Array:
-        """Copy to a new array on the host."""
+        """Copy to a new array on the host, once all that is queued is done."""
+
+    def wait(self) -> None:
+        """Wait until all that is queued is done."""
+
+    def mark(self) -> Mark:
+        """The moment at which all that is queued is done."""
+
+    def capturing(self) -> AbstractContextManager[object]:
+        """While the queue is captured as a graph: nothing is freed, whichever thread drops it."""
 
     def free_and_total_bytes(self) -> tuple[int, int]:
         """Of the whole card, whichever process uses it."""
@@ -143,6 +155,9 @@ class CardBackend:
     def to_host(self, tensor: Tensor) -> Array:
         return self._memory.to_host(tensor) if isinstance(tensor, DeviceArray) else tensor
 
+    def mark(self) -> Mark:
+        return self._memory.mark()
+
     def free_and_total_bytes(self) -> tuple[int, int]:
         return self._memory.free_and_total_bytes()
 
@@ -172,7 +187,7 @@ class CudaMemory:
                 f"device 'cuda': found no working cuda-bindings ({error}), expected it installed. "
                 "Install it: pip install 'mdf-mllm[cuda]'"
             ) from error
-        self._runtime: Any = runtime
+        self._call = _Calls(runtime)
         status, count = runtime.cudaGetDeviceCount()
         if status != 0 or count == 0:
             raise BackendUnavailableError(
@@ -183,7 +198,7 @@ class CudaMemory:
         properties = self._call("cudaGetDeviceProperties", 0)
         name = properties.name.decode() if isinstance(properties.name, bytes) else properties.name
         self.compute_capability = f"{properties.major}.{properties.minor}"
-        self.card = f"{name} ({self.compute_capability})"
+        self.card = self._call.card = f"{name} ({self.compute_capability})"
         if (properties.major, properties.minor) < _OLDEST_CARD:
             raise BackendUnavailableError(
                 f"device 'cuda': found {self.card}, expected a card of compute capability "
@@ -191,54 +206,108 @@ class CudaMemory:
                 "CUDA_VISIBLE_DEVICES, or the CPU: pip install 'mdf-mllm[cpu]'"
             )
         try:
-            self._stream = self._call("cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
-            # What is freed stays in the pool: a cudaMalloc takes as long as a block.
+            self._queue, self._uploads = self._open_stream(), self._open_stream()
             pool = self._call("cudaDeviceGetDefaultMemPool", 0)
-            threshold = runtime.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
-            self._call("cudaMemPoolSetAttribute", pool, threshold, driver.cuuint64_t(_KEPT_BYTES))
+            attributes = runtime.cudaMemPoolAttr
+            for attribute, value in (
+                # What is freed stays in the pool: a cudaMalloc takes as long as a block.
+                (attributes.cudaMemPoolAttrReleaseThreshold, driver.cuuint64_t(_KEPT_BYTES)),
+                # Or an upload may be given memory for which it must wait until a block is done.
+                (attributes.cudaMemPoolReuseAllowInternalDependencies, 0),
+            ):
+                self._call("cudaMemPoolSetAttribute", pool, attribute, value)
         except BackendRunError as error:
             raise BackendUnavailableError(f"device 'cuda': {self.card}: {error}") from error
+        # What is made beside goes to the blocks of this queue, which are the last to read it.
+        self._last, self._freeing = self._queue, threading.RLock()
 
-    def open_stream(self) -> Stream:
-        stream = self._call("cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
-        return _CudaStream(stream, self._call, self._runtime.cudaStreamDestroy)
+    @property
+    def stream(self) -> int:
+        return self._queue.handle
+
+    def beside(self) -> Self:
+        other = copy.copy(self)
+        other._queue, other._uploads = self._open_stream(), self._open_stream()
+        return other
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        size = max(1, prod(shape) * dtype.itemsize)
-        pointer = int(self._call("cudaMallocAsync", size, self._stream))
-        return DeviceArray(pointer, shape, dtype, _Allocation(pointer, self._free))
+        return self._empty(shape, dtype, made_in=self._queue, read_last_in=self._last)
 
     def write(self, *copies: tuple[DeviceArray, Tensor]) -> None:
-        held = []  # until the copies are done
+        uploaded = self._upload([s for _, s in copies if not isinstance(s, DeviceArray)])
         for target, source in copies:
-            if isinstance(source, DeviceArray):
-                pointer = source.pointer
-            else:
-                held.append(np.ascontiguousarray(source))
-                pointer = held[-1].ctypes.data
-            self._copy(target.pointer, pointer, target.nbytes)
-        self._call("cudaStreamSynchronize", self._stream)
+            on_card = source if isinstance(source, DeviceArray) else next(uploaded)
+            self._copy(target.pointer, on_card.pointer, target.nbytes, self._queue)
 
     def to_host(self, source: DeviceArray) -> Array:
         target = np.empty(source.shape, source.dtype)
-        self._copy(target.ctypes.data, source.pointer, source.nbytes)
-        self._call("cudaStreamSynchronize", self._stream)
+        self._copy(target.ctypes.data, source.pointer, source.nbytes, self._queue)
+        self.wait()
         return target
+
+    def wait(self) -> None:
+        self._queue.wait()
+
+    def mark(self) -> "_Event":
+        event = _Event(self._call("cudaEventCreate"), self._call)
+        self._call("cudaEventRecord", event.handle, self.stream)
+        return event
+
+    def capturing(self) -> AbstractContextManager[object]:
+        return self._freeing
 
     def free_and_total_bytes(self) -> tuple[int, int]:
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
 
-    def _free(self, pointer: int) -> None:
-        self._runtime.cudaFreeAsync(pointer, self._stream)
+    def _open_stream(self) -> "_Stream":
+        stream = self._call("cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
+        return _Stream(int(stream), self._call)
 
-    def _copy(self, target: int, source: int, size: int) -> None:
-        direction = self._runtime.cudaMemcpyKind.cudaMemcpyDefault  # by the addresses
-        self._call("cudaMemcpyAsync", target, source, size, direction, self._stream)
+    def _upload(self, arrays: Sequence[Array]) -> Iterator[DeviceArray]:
+        """Copy arrays of the host to memory of their own, whatever the queue is at.
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        status, *values = getattr(self._runtime, name)(*arguments)
-        if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
+        In the queue a copy from pageable memory would wait for all before it.
+        """
+        held = [np.ascontiguousarray(array) for array in arrays]  # until the copies are done
+        uploaded = [
+            self._empty(a.shape, a.dtype, made_in=self._uploads, read_last_in=self._queue)
+            for a in held
+        ]
+        for target, source in zip(uploaded, held, strict=True):
+            self._copy(target.pointer, source.ctypes.data, source.nbytes, self._uploads)
+        if held:
+            self._uploads.wait()
+        return iter(uploaded)
+
+    def _empty(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        made_in: "_Stream",
+        read_last_in: "_Stream",
+    ) -> DeviceArray:
+        size = max(1, prod(shape) * dtype.itemsize)
+        pointer = int(self._call("cudaMallocAsync", size, made_in.handle))
+        return DeviceArray(pointer, shape, dtype, _Allocation(pointer, read_last_in, self._freeing))
+
+    def _copy(self, target: int, source: int, size: int, stream: "_Stream") -> None:
+        direction = self._call.runtime.cudaMemcpyKind.cudaMemcpyDefault  # by the addresses
+        self._call("cudaMemcpyAsync", target, source, size, direction, stream.handle)
+
+
+class _Calls:
+    """CUDA's functions, whose failures are our errors.
+
+    Streams refer to it, not to the memory: in a ring they would wait for a garbage collection.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        self.runtime, self.card = runtime, "the card"
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        status, *values = getattr(self.runtime, name)(*arguments)
+        if status == self.runtime.cudaError_t.cudaErrorMemoryAllocation:
             raise DeviceMemoryError(
                 f"{name}: found too little free memory on {self.card}, expected what the engine "
                 "needs. See what uses the card: nvidia-smi. See the need: mdf info ENGINE"
@@ -251,26 +320,44 @@ class CudaMemory:
         return values[0] if len(values) == 1 else tuple(values)
 
 
+@dataclass(frozen=True)
+class _Stream:
+    handle: int
+    call: _Calls
+
+    def wait(self) -> None:
+        self.call("cudaStreamSynchronize", self.handle)
+
+    def __del__(self) -> None:
+        self.call.runtime.cudaStreamDestroy(self.handle)
+
+
+@dataclass(frozen=True)
 class _Allocation:
-    def __init__(self, pointer: int, free: Callable[[int], Any]) -> None:
-        self._pointer, self._free = pointer, free
+    """Memory that is free again when `stream` has done what is in it by then."""
+
+    pointer: int
+    stream: _Stream
+    freeing: threading.RLock
 
     def __del__(self) -> None:
-        self._free(self._pointer)
+        with self.freeing:
+            self.stream.call.runtime.cudaFreeAsync(self.pointer, self.stream.handle)
 
 
-class _CudaStream:
-    def __init__(
-        self, stream: Any, call: Callable[..., Any], destroy: Callable[[Any], Any]
-    ) -> None:
-        self._stream, self._call, self._destroy = stream, call, destroy
-        self.handle = int(stream)
+@dataclass(frozen=True)
+class _Event:
+    """A mark in a stream."""
 
-    def synchronize(self) -> None:
-        self._call("cudaStreamSynchronize", self._stream)
+    handle: Any
+    call: _Calls
+
+    def ms_since(self, earlier: Self) -> float:
+        self.call("cudaEventSynchronize", self.handle)
+        return float(self.call("cudaEventElapsedTime", earlier.handle, self.handle))
 
     def __del__(self) -> None:
-        self._destroy(self._stream)
+        self.call.runtime.cudaEventDestroy(self.handle)
 
 
 def _driver(runtime: Any) -> str:

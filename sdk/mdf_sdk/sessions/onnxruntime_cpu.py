@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mdf_sdk.clock import HostMark
 from mdf_sdk.errors import InputError
 from mdf_sdk.machine import cpu_name, usable_cores
 from mdf_sdk.manifest import Manifest
@@ -57,6 +58,9 @@ class OnnxRuntimeCpu:
     def to_host(self, tensor: Tensor) -> Array:
         assert isinstance(tensor, np.ndarray)
         return tensor
+
+    def mark(self) -> HostMark:
+        return HostMark()
 
     def free_and_total_bytes(self) -> tuple[int, int] | None:
         return host_memory.free_and_total_bytes()

@@ -3,6 +3,9 @@
 A case is replayed as a CUDA graph: one launch for a block's hundreds of kernels. Its tensors have
 addresses of their own, one for each shape, and prompts are padded to few lengths. A batch is
 replayed case by case: at the 11B shape the card has enough to do with one.
+
+Blocks and copies share a queue: each is queued while the one before it runs, and the card waits for
+no thread of the host. The U-Net's encoder has a queue of its own, so that it runs beside the tower.
 """
 
 import io
@@ -10,7 +13,7 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,7 @@ _TUNED_ROWS = "ep.cuda.fpa_intb_profile_m"
 # temporaries. CUDA gives memory in steps of 2 MiB, which each weight alone would round up to.
 _ONE_PIECE = ("vision", "fusion")
 _ONE_PIECE_CONFIG = {"session.disable_prepacking": "1"}  # or each weight could be freed alone
+_BESIDE = "unet_encoder"
 
 
 class OnnxRuntimeCuda(CardBackend):
@@ -99,6 +103,7 @@ class OnnxRuntimeCuda(CardBackend):
             config |= _FEW_ROWS_CONFIG | {_TUNED_ROWS: ",".join(map(str, row_buckets(rows)))}
         if block in _ONE_PIECE:
             config |= _ONE_PIECE_CONFIG
+        memory = self._memory.beside() if block == _BESIDE else self._memory
         options = session_options(self._runtime, config)
         # With patterns every shape has a piece of memory of its own, taken at its second run.
         options.enable_mem_pattern = block in _ONE_PIECE
@@ -110,12 +115,10 @@ class OnnxRuntimeCuda(CardBackend):
             self._directory / file,
             spec,
             options,
-            _PROVIDERS[self._memory.kind],
-            _provider_options(self._memory.kind, block, spec),
+            _PROVIDERS[memory.kind],
+            _provider_options(memory, block, spec),
         )
-        opened = OnnxRuntimeCudaSession(
-            self._runtime, block, session, spec, self._memory, self._places
-        )
+        opened = OnnxRuntimeCudaSession(self._runtime, block, session, spec, memory, self._places)
         try:
             opened.capture()
         except BaseException:
@@ -175,8 +178,11 @@ class OnnxRuntimeCudaSession:
         memory: DeviceMemory,
         places: _Places,
     ) -> None:
-        """`places` are shared by all blocks: what one writes another reads, and only blocks without
-        a tensor in common run at the same time."""
+        """Args:
+        memory: in whose queue the block runs.
+        places: shared by all blocks: what one writes another reads, and only blocks without a
+            tensor in common run at the same time.
+        """
         self._runtime, self._block, self._session = runtime, block, session
         self._spec, self._memory, self._places = spec, memory, places
         self._bindings: dict[tuple[tuple[int, ...], ...], _Binding] = {}
@@ -191,6 +197,7 @@ class OnnxRuntimeCudaSession:
         if len({d for spec in inputs for d in spec.shape if isinstance(d, str)}) == 1:
             single = {s.name: [1 if isinstance(d, str) else d for d in s.shape] for s in inputs}
             self.run({s.name: np.zeros(single[s.name], s.dtype) for s in inputs})
+            self._memory.wait()  # its places are for blocks of another queue too
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with mapped_errors(self._block, "run"):
@@ -204,17 +211,25 @@ class OnnxRuntimeCudaSession:
         self._session = None
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return self._run_cases(inputs)
+        finally:
+            if self._block == _BESIDE:
+                self._memory.wait()  # what it made is read, or freed, in another queue
+
+    def _run_cases(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         cases = inputs[self._spec.inputs[0].name].shape[0]
         replayed = [
             self._replay({name: tensor[i : i + 1] for name, tensor in inputs.items()})
             for i in range(cases)
         ]
-        if cases == 1:
-            return dict(replayed[0])
-        return {
-            name: concatenate(self._memory, [outputs[name] for outputs in replayed])
-            for name in replayed[0]
-        }
+        outputs = replayed[0]
+        if cases > 1:
+            outputs = {
+                name: concatenate(self._memory, [tensors[name] for tensors in replayed])
+                for name in outputs
+            }
+        return dict(outputs)
 
     def _replay(self, inputs: Mapping[str, Tensor]) -> dict[str, DeviceArray]:
         shapes = tuple(inputs[spec.name].shape for spec in self._spec.inputs)
@@ -227,7 +242,8 @@ class OnnxRuntimeCudaSession:
             place.note(inputs[name])
         if not self._bindings:
             self._shrink(binding)
-        self._session.run_with_iobinding(binding.bound, binding.options)
+        with nullcontext() if shapes in self._bindings else self._memory.capturing():
+            self._session.run_with_iobinding(binding.bound, binding.options)
         self._bindings[shapes] = binding
         # The next replay writes over the outputs.
         own = copy_all(self._memory, {name: at.array for name, at in binding.outputs.items()})
@@ -255,6 +271,7 @@ class OnnxRuntimeCudaSession:
         outputs = self._take_places(self._spec.outputs, dimensions)
         bound, options = self._session.io_binding(), self._runtime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         for bind, places in ((bound.bind_input, inputs), (bound.bind_output, outputs)):
             for name, place in places.items():
                 a = place.array
@@ -308,9 +325,10 @@ def row_buckets(rows: Iterable[int]) -> list[int]:
     return sorted({1 << (n - 1).bit_length() for n in rows})
 
 
-def _provider_options(kind: str, block: str, spec: BlockSpec) -> dict[str, str]:
-    options = dict(_PROVIDER_OPTIONS[kind])
-    if kind == "cuda":
+def _provider_options(memory: DeviceMemory, block: str, spec: BlockSpec) -> dict[str, str]:
+    options = dict(_PROVIDER_OPTIONS[memory.kind])
+    if memory.kind == "cuda":
+        options["user_compute_stream"] = str(memory.stream)
         options["use_tf32"] = "1" if spec.precision == "tf32" else "0"
         # Tensor cores want channels last; cuDNN would transpose before and behind each convolution.
         options["prefer_nhwc"] = "1" if block in ("unet_encoder", "unet_decoder") else "0"

@@ -133,7 +133,7 @@ class TensorRTSession:
         kernels: where compiled kernels are kept, and under which name; None if there are none.
         first_runs: one session after another compiles and captures.
         """
-        self._trt, self._block, self._spec, self._memory = trt, block, spec, memory
+        self._trt, self._block, self._spec = trt, block, spec
         self._kernels, self._first_runs = kernels, first_runs
         self._errors = _error_recorder_class(trt)()
         self._parts: list[_Part] = []
@@ -142,7 +142,7 @@ class TensorRTSession:
         self._kept: dict[tuple[str, tuple[int, ...]], DeviceArray] = {}
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
         with self._mapped_errors("load"):
-            self._stream = memory.open_stream()
+            self._memory = memory.beside()
             self._runtime: trt_types.Runtime = trt.Runtime(_logger(trt))
             self._runtime.error_recorder = self._errors
             for plan, path in plans:
@@ -164,13 +164,14 @@ class TensorRTSession:
                 self._memory.write(
                     *((tensors[spec.name], inputs[spec.name]) for spec in self._spec.inputs)
                 )
-                self._execute(tensors, scratch)  # on a stream that may use them only now
+                self._execute(tensors, scratch)
             if first:
                 self._seen.add(shapes)
                 self._save_kernels()
             outputs = {spec.name: tensors[spec.name] for spec in self._spec.outputs}
             if single:
                 outputs = copy_all(self._memory, outputs)  # the next run writes over them
+                self._memory.wait()
             return dict(outputs)
 
     def close(self) -> None:
@@ -275,9 +276,9 @@ class TensorRTSession:
                 part.context.set_device_memory(scratch.pointer, scratch.nbytes)
                 for spec in (*part.plan.inputs, *part.plan.outputs):
                     _succeed(part.context.set_tensor_address(spec.name, tensors[spec.name].pointer))
-                _succeed(part.context.execute_async_v3(self._stream.handle))
+                _succeed(part.context.execute_async_v3(self._memory.stream))
         finally:  # memory in use must not be freed, by an error neither
-            self._stream.synchronize()
+            self._memory.wait()
 
     @contextmanager
     def _mapped_errors(self, action: str) -> Iterator[None]:

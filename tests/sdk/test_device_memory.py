@@ -1,0 +1,123 @@
+"""CUDA's own memory, with a runtime that notes what it is asked: which queue, and what waits."""
+
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mdf_sdk.sessions.device_memory import CudaMemory, DeviceArray
+
+FLOATS = np.dtype(np.float32)
+
+
+class Runtime(SimpleNamespace):
+    """`cuda.bindings.runtime` as far as it is used; `calls` are names with their arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._next = 1000
+        super().__init__(
+            cudaError_t=SimpleNamespace(cudaErrorMemoryAllocation=2),
+            cudaMemcpyKind=SimpleNamespace(cudaMemcpyDefault=4),
+            cudaMemPoolAttr=SimpleNamespace(
+                cudaMemPoolAttrReleaseThreshold=4, cudaMemPoolReuseAllowInternalDependencies=3
+            ),
+            cudaGetDeviceCount=lambda: (0, 1),
+            cudaGetDeviceProperties=lambda _: (0, SimpleNamespace(name=b"Toy", major=9, minor=0)),
+        )
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *arguments))
+            self._next += 1
+            return 0, 1.5 if name == "cudaEventElapsedTime" else self._next
+
+        return call
+
+    def asked(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for found, *arguments in self.calls if found == name]
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    runtime, bindings = Runtime(), ModuleType("cuda.bindings")
+    vars(bindings).update(runtime=runtime, driver=SimpleNamespace(cuuint64_t=int))
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    return runtime
+
+
+@pytest.fixture
+def memory(runtime: Runtime) -> CudaMemory:
+    return CudaMemory()
+
+
+def test_what_comes_from_the_host_does_not_wait_for_the_queue(
+    runtime: Runtime, memory: CudaMemory
+) -> None:
+    target, other = memory.empty((2, 3), FLOATS), memory.empty((4,), FLOATS)
+    runtime.calls.clear()
+    memory.write((target, np.ones((2, 3), np.float32)), (other, memory.empty((4,), FLOATS)))
+    up, first, second = runtime.asked("cudaMemcpyAsync")
+    uploads = up[-1]
+    assert uploads != memory.stream
+    assert runtime.asked("cudaStreamSynchronize") == [[uploads]]
+    assert first == [target.pointer, up[0], 24, 4, memory.stream]
+    assert second[0] == other.pointer
+    assert second[-1] == memory.stream
+
+
+def test_memory_is_freed_behind_what_reads_it_last_whichever_queue_made_it(
+    runtime: Runtime, memory: CudaMemory
+) -> None:
+    beside = memory.beside()
+    assert beside.stream != memory.stream
+    array = beside.empty((4,), FLOATS)
+    assert runtime.asked("cudaMallocAsync") == [[16, beside.stream]]
+    pointer = array.pointer
+    del array
+    assert runtime.asked("cudaFreeAsync") == [[pointer, memory.stream]]
+    beside.write((beside.empty((4,), FLOATS), np.ones(4, np.float32)))
+    upload = runtime.asked("cudaMemcpyAsync")[0][0]
+    assert [upload, beside.stream] in runtime.asked("cudaFreeAsync")
+
+
+def test_nothing_is_freed_while_a_queue_is_captured(runtime: Runtime, memory: CudaMemory) -> None:
+    arrays: list[DeviceArray] = [memory.beside().empty((4,), FLOATS)]
+    dropping = threading.Thread(target=arrays.clear)
+    with memory.capturing():
+        dropping.start()
+        dropping.join(0.2)
+        assert dropping.is_alive()
+        assert runtime.asked("cudaFreeAsync") == []
+    dropping.join(20)
+    assert len(runtime.asked("cudaFreeAsync")) == 1
+
+
+def test_a_time_between_marks_is_the_cards(runtime: Runtime, memory: CudaMemory) -> None:
+    start, end = memory.mark(), memory.mark()
+    assert [stream for _, stream in runtime.asked("cudaEventRecord")] == 2 * [memory.stream]
+    assert runtime.asked("cudaEventSynchronize") == []
+    assert end.ms_since(start) == 1.5
+    assert runtime.asked("cudaEventElapsedTime") == [[start.handle, end.handle]]
+
+
+def test_streams_and_events_go_with_their_objects(runtime: Runtime) -> None:
+    memory = CudaMemory()
+    beside = memory.beside()
+    beside.mark()
+    assert len(runtime.asked("cudaEventDestroy")) == 1
+    array = beside.empty((4,), FLOATS)
+    del memory, beside
+    assert runtime.asked("cudaFreeAsync") == []  # and its queue is there still
+    freed = len(runtime.calls)
+    del array
+    assert runtime.calls[freed][0] == "cudaFreeAsync"
+    assert len(runtime.asked("cudaStreamDestroy")) == 4
