@@ -58,6 +58,8 @@ class GraphBuilder:
         name: str,
         float_type: FloatType,
         store: Callable[[nn.Linear], Weight],
+        *,
+        for_card: bool = True,
     ) -> None:
         """Args:
         folder: receives {name}.onnx and {name}.onnx.data, the latter without what is on the meta
@@ -65,11 +67,12 @@ class GraphBuilder:
         name: of the block.
         float_type: of activations and of weights that are not quantized.
         store: gives a linear's weight in the form in which the graph holds it.
+        for_card: also write a card's graph, where a card has something to gain.
         """
         self.folder, self.name = folder, name
         self.float_type = float_type
         self.weight_bytes = 0
-        self._store = store
+        self._store, self._for_card = store, for_card
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._inputs: list[TensorSpec] = []
@@ -201,7 +204,7 @@ class GraphBuilder:
     def save(self) -> int:
         """Check the graph and write it, whole or not at all; the builder is done then.
 
-        Where a card has something to gain, its graph over the same weights is written before it.
+        A card's graph over the same weights is written before it.
 
         Returns:
             Bytes of the weights.
@@ -211,7 +214,7 @@ class GraphBuilder:
         self._data.close()
         path = self.folder / f"{self.name}.onnx"
         for_card = to_card_graph(self._nodes, self._initializers, self.float_type)
-        if for_card != self._nodes:
+        if self._for_card and for_card != self._nodes:
             self._write(for_card, path.with_name(path.name + FUSED_SUFFIX))
         self._write(self._nodes, path)
         return self.weight_bytes

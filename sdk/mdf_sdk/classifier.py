@@ -141,7 +141,8 @@ class MDFClassifier:
             text: what is known of the patient. Special tokens in it are plain characters. Tokens
                 beyond the engine's limit are cut off its end, and `dropped_tokens` counts them.
             mask: also segment the photograph.
-            evidence: also map what in the photograph spoke for the label. Costs 49 predictions.
+            evidence: also map what in the photograph spoke for the label. Costs 49 predictions, and
+                of the photographs kept only this one stays.
             timeout_s: how long to wait for the device at most; what has begun is not broken off.
 
         Raises:
@@ -473,6 +474,8 @@ class MDFClassifier:
         Returns:
             float32 (GRID, GRID).
         """
+        with self._keeping:
+            self._kept = {}  # room for this photograph and a covered one: KEPT_PHOTOGRAPHS
         spec, photograph, best = self.manifest.image, case.photograph, int(whole.argmax())
         drops = np.zeros((GRID, GRID), np.float32)
 

@@ -30,7 +30,13 @@ from mdf_sdk.errors import (
     MissingExtraError,
     StorageError,
 )
-from mdf_sdk.manifest import BLOCKS, Precision, QuantizationMethod
+from mdf_sdk.manifest import (
+    BLOCKS,
+    FUSED_SUFFIX,
+    PROCESSORS_ALONE,
+    Precision,
+    QuantizationMethod,
+)
 from mdf_sdk.verify import verify_engine
 from mdf_training.checkpoint import checkpoint_digest, load_checkpoint, save_checkpoint
 from mdf_training.data.folder import open_data, save_data
@@ -130,6 +136,8 @@ def test_two_exports_hold_the_same_bytes(
     assert names == sorted(path.name for path in second.iterdir())
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    for_card = any(name.endswith(FUSED_SUFFIX) for name in names)
+    assert for_card == (recipe not in PROCESSORS_ALONE)
 
 
 def test_the_plan_is_what_the_engine_holds(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_kept_photograph_is_not_overwritten_by_another(
     assert scores(again) == scores(first)
 
 
-def test_evidence_lets_a_covered_photograph_go_before_the_next(
+def test_evidence_holds_its_photograph_and_one_that_is_covered(
     on_card: MDFClassifier,
     pictures: list[npt.NDArray[np.uint8]],
     monkeypatch: pytest.MonkeyPatch,
@@ -141,8 +141,11 @@ def test_evidence_lets_a_covered_photograph_go_before_the_next(
         return tensors, text_tensors
 
     monkeypatch.setattr(on_card, "_encode", spy)
+    on_card.predict(pictures[1], TEXTS[1])
     on_card.predict(pictures[0], TEXTS[0], evidence=True)
-    assert alive == [0] + 49 * [1]  # the photograph as it is
+    assert alive == [0, 1] + 49 * [1]  # the photograph as it is, no longer the one before
+    on_card.predict(pictures[0], TEXTS[1])
+    assert len(alive) == 51
 
 
 def test_the_text_is_prepared_beside_the_photograph(

@@ -18,7 +18,7 @@ from mdf_export.quantize import (
 from mdf_export.recipe import ExportRecipe
 from mdf_export.streaming import StreamedCheckpoint
 from mdf_sdk.errors import CheckpointError
-from mdf_sdk.manifest import Precision
+from mdf_sdk.manifest import PROCESSORS_ALONE, Precision
 
 # Relative L2. Rounding to 4 bits moves a weight by some 10 %; another model's is 100 % away.
 MAX_GIVEN_ERROR = 0.3
@@ -73,7 +73,8 @@ class BlockSource:
         def store(linear: nn.Linear) -> Weight:
             return self.weight(linear, precision)
 
-        return GraphBuilder(folder, block, recipe.float_type, store)
+        for_card = recipe.precision not in PROCESSORS_ALONE
+        return GraphBuilder(folder, block, recipe.float_type, store, for_card=for_card)
 
     def weight(self, linear: nn.Linear, precision: Precision) -> Weight:
         """Return a loaded linear's weight in the form in which the engine stores it."""
