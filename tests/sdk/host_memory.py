@@ -28,6 +28,7 @@ class HostMemory:
     def __init__(self, free_bytes: int = 8_000_000_000, total_bytes: int = 8_000_000_000) -> None:
         self.free_bytes, self.total_bytes = free_bytes, total_bytes
         self.written: list[int] = []
+        self.trimmed = 0
         self.stream = next(_STREAMS)
         self._queued: dict[int, int] = {}  # streams by address
 
@@ -70,6 +71,9 @@ class HostMemory:
 
     def capturing(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def trim(self) -> None:
+        self.trimmed += 1
 
     def free_and_total_bytes(self) -> tuple[int, int]:
         return self.free_bytes, self.total_bytes

@@ -101,6 +101,18 @@ def test_nothing_is_freed_while_a_queue_is_captured(runtime: Runtime, memory: Cu
     assert len(runtime.asked("cudaFreeAsync")) == 1
 
 
+def test_what_is_free_goes_back_to_the_card_once_it_is_freed(
+    runtime: Runtime, memory: CudaMemory
+) -> None:
+    runtime.calls.clear()
+    memory.trim()
+    pool = runtime.calls[1][1]
+    assert runtime.calls == [
+        ("cudaStreamSynchronize", memory.stream),
+        ("cudaMemPoolTrimTo", pool, 0),
+    ]
+
+
 def test_a_time_between_marks_is_the_cards(runtime: Runtime, memory: CudaMemory) -> None:
     start, end = memory.mark(), memory.mark()
     assert [stream for _, stream in runtime.asked("cudaEventRecord")] == 2 * [memory.stream]

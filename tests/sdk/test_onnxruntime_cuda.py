@@ -346,6 +346,7 @@ def test_a_copy_that_failed_is_made_again(
 def test_a_closed_session_does_not_run(toy_engine: Path, memory: HostMemory) -> None:
     session = OnnxRuntimeCuda(toy_engine, load_manifest(toy_engine), memory).open("vision")
     session.close()
+    assert memory.trimmed == 1  # what it freed is the card's again
     session.close()
     with pytest.raises(BackendRunError, match="closed"):
         session.run({"tower_pixels": np.zeros((1, 3, 16, 16), np.float32)})

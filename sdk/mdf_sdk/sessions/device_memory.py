@@ -94,6 +94,9 @@ class DeviceMemory(Protocol):
     def capturing(self) -> AbstractContextManager[object]:
         """While the queue is captured as a graph: nothing is freed, whichever thread drops it."""
 
+    def trim(self) -> None:
+        """Give what is free back to the card; after an error of the card nothing."""
+
     def free_and_total_bytes(self) -> tuple[int, int]:
         """Of the whole card, whichever process uses it."""
 
@@ -207,7 +210,7 @@ class CudaMemory:
             )
         try:
             self._queue, self._uploads = self._open_stream(), self._open_stream()
-            pool = self._call("cudaDeviceGetDefaultMemPool", 0)
+            self._pool = self._call("cudaDeviceGetDefaultMemPool", 0)
             attributes = runtime.cudaMemPoolAttr
             for attribute, value in (
                 # What is freed stays in the pool: a cudaMalloc takes as long as a block.
@@ -215,7 +218,7 @@ class CudaMemory:
                 # Or an upload may be given memory for which it must wait until a block is done.
                 (attributes.cudaMemPoolReuseAllowInternalDependencies, 0),
             ):
-                self._call("cudaMemPoolSetAttribute", pool, attribute, value)
+                self._call("cudaMemPoolSetAttribute", self._pool, attribute, value)
         except BackendRunError as error:
             raise BackendUnavailableError(f"device 'cuda': {self.card}: {error}") from error
         # What is made beside goes to the blocks of this queue, which are the last to read it.
@@ -255,6 +258,10 @@ class CudaMemory:
 
     def capturing(self) -> AbstractContextManager[object]:
         return self._freeing
+
+    def trim(self) -> None:
+        self._call.runtime.cudaStreamSynchronize(self._last.handle)  # what is freed is queued
+        self._call.runtime.cudaMemPoolTrimTo(self._pool, 0)
 
     def free_and_total_bytes(self) -> tuple[int, int]:
         free, total = self._call("cudaMemGetInfo")

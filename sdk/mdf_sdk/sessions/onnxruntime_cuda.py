@@ -209,6 +209,7 @@ class OnnxRuntimeCudaSession:
         self._thread.shutdown()
         self._bindings = {}
         self._session = None
+        self._memory.trim()
 
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:

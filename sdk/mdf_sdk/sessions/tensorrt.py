@@ -177,6 +177,7 @@ class TensorRTSession:
     def close(self) -> None:
         self._kept, self._scratch, self._runtime_cache = {}, None, None
         self._parts = []
+        self._memory.trim()
 
     def _load(self, plan: PlanSpec, path: Path) -> _Part:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
