@@ -59,7 +59,7 @@ def memory(runtime: Runtime) -> CudaMemory:
     return CudaMemory()
 
 
-def test_what_comes_from_the_host_does_not_wait_for_the_queue(
+def test_a_text_from_the_host_does_not_wait_for_the_queue(
     runtime: Runtime, memory: CudaMemory
 ) -> None:
     target, other = memory.empty((2, 3), FLOATS), memory.empty((4,), FLOATS)
@@ -72,6 +72,18 @@ def test_what_comes_from_the_host_does_not_wait_for_the_queue(
     assert first == [target.pointer, up[0], 24, 4, memory.stream]
     assert second[0] == other.pointer
     assert second[-1] == memory.stream
+
+
+def test_pixels_from_the_host_take_no_memory_beside_their_place(
+    runtime: Runtime, memory: CudaMemory
+) -> None:
+    pixels = np.zeros((3, 560, 560), np.float32)
+    target = memory.empty(pixels.shape, FLOATS)
+    runtime.calls.clear()
+    memory.write((target, pixels))
+    assert runtime.calls == [
+        ("cudaMemcpyAsync", target.pointer, pixels.ctypes.data, pixels.nbytes, 4, memory.stream)
+    ]
 
 
 def test_memory_is_freed_behind_what_reads_it_last_whichever_queue_made_it(
