@@ -44,7 +44,7 @@ class _Costs:
 
 # cpu: growth of resident memory, smol-135m and nano, ONNX Runtime 1.31.1 on two cores, 2026-11-22;
 # w8a8, smol-135m alone: 2026-11-29.
-# cuda: nano under eight callers and single cases of 11B, int4 and fp16, on an H100
+# cuda: 11B in int4 with masks and every length of text, after shorter ones, on an H200
 # (docs/results/sdk-gpu.md). Not measured: fp8 on the CPU, taken as float32; tensorrt.
 _COSTS = {
     "cpu": _Costs(
@@ -65,8 +65,8 @@ _COSTS = {
     "cuda": _Costs(
         weights=dict.fromkeys(_BYTES_PER_WEIGHT, 1.0),
         live=1.0,
-        overhead_bytes=900_000_000,
-        overhead="CUDA and its libraries",
+        overhead_bytes=1_200_000_000,
+        overhead="CUDA and its graphs",
     ),
     "tensorrt": _Costs(
         weights=dict.fromkeys(_BYTES_PER_WEIGHT, 1.0),

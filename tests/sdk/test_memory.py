@@ -190,9 +190,9 @@ def test_the_refusal_tells_the_figures_and_the_finest_precision_that_fits(
         check_memory(large(manifest, "fp16", 12 * GB), Card(7_900_000_000))
     words = str(caught.value)
     assert "found 7.90 GB free of 8.00 GB (Toy Card (8.9))" in words
-    assert "cuda 12.90 GB: weights 12.00 GB" in words
-    # 12 GB x 1.0625 / 2 = 6.375, and 0.9 of CUDA
-    assert "--precision int8: about 7.28 GB" in words
+    assert "cuda 13.20 GB: weights 12.00 GB" in words
+    # 12 GB x 1.0625 / 2 = 6.375, and 1.2 of CUDA
+    assert "--precision int8: about 7.58 GB" in words
 
 
 @pytest.mark.parametrize(
