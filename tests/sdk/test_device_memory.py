@@ -1,5 +1,6 @@
 """CUDA's own memory, with a runtime that notes what it is asked: which queue, and what waits."""
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -123,6 +124,19 @@ def test_what_is_free_goes_back_to_the_card_once_it_is_freed(
         ("cudaStreamSynchronize", memory.stream),
         ("cudaMemPoolTrimTo", pool, 0),
     ]
+
+
+def test_a_forked_child_frees_nothing_and_waits_for_no_lock(
+    runtime: Runtime, memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [memory.empty((4,), FLOATS)]
+    dropping = threading.Thread(target=arrays.clear, daemon=True)
+    with memory.capturing(), monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        dropping.start()
+        dropping.join(20)
+        assert not dropping.is_alive()
+    assert runtime.asked("cudaFreeAsync") == []
 
 
 def test_a_time_between_marks_is_the_cards(runtime: Runtime, memory: CudaMemory) -> None:

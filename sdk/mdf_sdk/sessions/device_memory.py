@@ -1,6 +1,7 @@
 """Arrays in a card's memory: what one block gives the next without passing through the host."""
 
 import copy
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -312,7 +313,7 @@ class _Calls:
     """
 
     def __init__(self, runtime: Any) -> None:
-        self.runtime, self.card = runtime, "the card"
+        self.runtime, self.card, self.process = runtime, "the card", os.getpid()
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         status, *values = getattr(self.runtime, name)(*arguments)
@@ -350,6 +351,8 @@ class _Allocation:
     freeing: threading.RLock
 
     def __del__(self) -> None:
+        if os.getpid() != self.stream.call.process:
+            return  # a forked child has none of it, and the lock may be held for ever there
         with self.freeing:
             self.stream.call.runtime.cudaFreeAsync(self.pointer, self.stream.handle)
 
