@@ -195,7 +195,7 @@ def _try(name: str, engine: str | None) -> Finding:
 
 
 def _look_at_card() -> str:
-    from mdf_sdk.sessions.device_memory import CudaMemory
+    from mdf_sdk.sessions.cuda_memory import CudaMemory
 
     memory = CudaMemory()
     free, total = memory.free_and_total_bytes()
@@ -204,7 +204,7 @@ def _look_at_card() -> str:
 
 def _try_runtime(device: str) -> str:
     from mdf_sdk.sessions import tensorrt
-    from mdf_sdk.sessions.device_memory import CudaMemory
+    from mdf_sdk.sessions.cuda_memory import CudaMemory
     from mdf_sdk.sessions.onnxruntime_cuda import import_with_cuda
     from mdf_sdk.sessions.onnxruntime_load import import_onnxruntime
     from mdf_sdk.sessions.onnxruntime_probe import check_provider

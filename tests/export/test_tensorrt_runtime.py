@@ -147,7 +147,7 @@ def run_python(*arguments: object, code: int = 0) -> str:
 
 
 def _has_card() -> bool:
-    from mdf_sdk.sessions.device_memory import CudaMemory
+    from mdf_sdk.sessions.cuda_memory import CudaMemory
 
     try:
         CudaMemory()

@@ -57,7 +57,7 @@ _behavior = Behavior()
 def install(monkeypatch: pytest.MonkeyPatch) -> Behavior:
     """Put this module in the package's place, and the host's memory in the card's."""
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", sys.modules[__name__])
-    monkeypatch.setattr("mdf_sdk.sessions.device_memory.CudaMemory", HostCard)
+    monkeypatch.setattr("mdf_sdk.sessions.cuda_memory.CudaMemory", HostCard)
     monkeypatch.setattr(f"{__name__}._behavior", Behavior())
     return _behavior
 

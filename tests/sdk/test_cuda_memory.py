@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mdf_sdk.sessions.device_memory import CudaMemory, DeviceArray
+from mdf_sdk.sessions.cuda_memory import CudaMemory
+from mdf_sdk.sessions.device_memory import DeviceArray
 
 FLOATS = np.dtype(np.float32)
 

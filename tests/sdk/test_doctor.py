@@ -106,7 +106,7 @@ def test_doctor_gives_the_reasons_that_opening_a_backend_gives(
 ) -> None:
     from mdf_sdk import load_manifest
 
-    monkeypatch.setattr("mdf_sdk.sessions.device_memory.CudaMemory", HostCard)
+    monkeypatch.setattr("mdf_sdk.sessions.cuda_memory.CudaMemory", HostCard)
     with pytest.raises(BackendUnavailableError) as raised:
         open_backend("tensorrt", toy_engine, load_manifest(toy_engine))
     assert _try("tensorrt", str(toy_engine)).detail == str(raised.value)

@@ -121,7 +121,7 @@ def test_no_block_is_opened_before_its_files_are_proved(
 def card(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
     """What every backend on a card finds."""
     memory = HostMemory()
-    monkeypatch.setattr("mdf_sdk.sessions.device_memory.CudaMemory", lambda: memory)
+    monkeypatch.setattr("mdf_sdk.sessions.cuda_memory.CudaMemory", lambda: memory)
     return memory
 
 
@@ -131,7 +131,7 @@ def test_auto_falls_to_the_cpu_where_there_is_no_card_and_logs_why(
     def refuse() -> None:
         raise BackendUnavailableError("found no card")
 
-    monkeypatch.setattr("mdf_sdk.sessions.device_memory.CudaMemory", refuse)
+    monkeypatch.setattr("mdf_sdk.sessions.cuda_memory.CudaMemory", refuse)
     with caplog.at_level("INFO", "mdf_sdk"), MDFClassifier(toy_engine) as classifier:
         assert (classifier.identity.device, classifier.identity.passed_over) == ("cpu", ())
     assert "found no card" in caplog.text

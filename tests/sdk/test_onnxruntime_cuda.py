@@ -68,7 +68,7 @@ TEXTS = ("58 years old", "night blindness since childhood, a brother too", "58 y
 def memory(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
     """What `device="cuda"` finds."""
     memory = HostMemory()
-    monkeypatch.setattr("mdf_sdk.sessions.device_memory.CudaMemory", lambda: memory)
+    monkeypatch.setattr("mdf_sdk.sessions.cuda_memory.CudaMemory", lambda: memory)
     return memory
 
 

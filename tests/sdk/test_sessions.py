@@ -18,7 +18,7 @@ from mdf_sdk import (
 )
 from mdf_sdk.machine import usable_cores
 from mdf_sdk.sessions import Backend, open_backend
-from mdf_sdk.sessions.device_memory import CudaMemory
+from mdf_sdk.sessions.cuda_memory import CudaMemory
 
 
 def open_for(engine_dir: Path, device: str = "cpu", threads: int | None = None) -> Backend:

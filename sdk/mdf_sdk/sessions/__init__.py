@@ -126,14 +126,14 @@ def _cpu(engine_dir: Path, manifest: Manifest, threads: int | None) -> Backend:
 
 
 def _cuda(engine_dir: Path, manifest: Manifest, reproducible: bool) -> Backend:
-    from mdf_sdk.sessions.device_memory import CudaMemory
+    from mdf_sdk.sessions.cuda_memory import CudaMemory
     from mdf_sdk.sessions.onnxruntime_cuda import OnnxRuntimeCuda
 
     return OnnxRuntimeCuda(engine_dir, manifest, CudaMemory(), reproducible)
 
 
 def _tensorrt(engine_dir: Path, manifest: Manifest) -> Backend:
-    from mdf_sdk.sessions.device_memory import CudaMemory
+    from mdf_sdk.sessions.cuda_memory import CudaMemory
     from mdf_sdk.sessions.tensorrt import TensorRTBackend
 
     return TensorRTBackend(engine_dir, manifest, CudaMemory())
