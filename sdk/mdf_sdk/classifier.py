@@ -19,7 +19,7 @@ from mdf_sdk.manifest import TrustedKey
 from mdf_sdk.memory import KEPT_PHOTOGRAPHS
 from mdf_sdk.photograph import ImageSource, decode, prepare, read_source
 from mdf_sdk.prediction import EngineIdentity, Prediction
-from mdf_sdk.preprocessing import Pixels, Square, empty_pixels, shared_threads
+from mdf_sdk.preprocessing import Pixels, Square, shared_threads
 from mdf_sdk.prompt import EncodedText
 from mdf_sdk.sessions import Array, Tensor
 
@@ -313,15 +313,10 @@ class MDFClassifier:
         with clock("text"):
             encoded = self._engine.prompt.encode(text)
         with clock("image"):
-            # Made here: in the heap of a thread that prepares, what waits would lie between its
-            # buffers, and the heap would grow.
-            pixels = empty_pixels(self.manifest.image)
-            photograph = shared_threads().submit(self._photograph, image, known, pixels).result()
+            photograph = shared_threads().submit(self._photograph, image, known).result()
         return _Case(photograph, encoded, clock.ms())
 
-    def _photograph(
-        self, image: ImageSource, known: dict[bytes, _Photograph], pixels: tuple[Pixels, Pixels]
-    ) -> _Photograph:
+    def _photograph(self, image: ImageSource, known: dict[bytes, _Photograph]) -> _Photograph:
         source = read_source(image)
         kept = self._kept.get(source.key)
         if kept:
@@ -330,7 +325,7 @@ class MDFClassifier:
             spec = self.manifest.image
             photograph = decode(source, max(spec.tower_px, spec.unet_px))
             square = photograph.square.times(photograph.scale)
-            known[source.key] = _Photograph(source.key, square, *prepare(photograph, spec, pixels))
+            known[source.key] = _Photograph(source.key, square, *prepare(photograph, spec))
         return known[source.key]
 
     def _run(self, function: Callable[_P, _R], *args: _P.args, **options: _P.kwargs) -> _R:

@@ -186,15 +186,9 @@ def load_photograph(source: ImageSource, least_px: int | None = None) -> Photogr
     return _decode(read_source(source), least_px)
 
 
-def prepare(
-    photograph: Photograph, spec: ImageSpec, into: tuple[Pixels, Pixels] | None = None
-) -> tuple[Pixels, Pixels]:
-    """Square, resize and normalize; returns what `to_pixels` does.
-
-    Args:
-        into: the arrays to fill, else new ones.
-    """
-    return square_pixels(cut_square(photograph.image, photograph.square), spec, into)
+def prepare(photograph: Photograph, spec: ImageSpec) -> tuple[Pixels, Pixels]:
+    """Square, resize and normalize; returns what `to_pixels` does."""
+    return square_pixels(cut_square(photograph.image, photograph.square), spec)
 
 
 def check_size(width: int, height: int, name: str) -> None:

@@ -151,30 +151,15 @@ def to_pixels(
     return square_pixels(cut_square(Image.fromarray(image), square or find_square(image)), spec)
 
 
-def empty_pixels(spec: ImageSpec) -> tuple[Pixels, Pixels]:
-    """What `to_pixels` fills: pieces of one array, as numpy asks for large pages from 4 MB on."""
-    sides_px = (spec.tower_px, spec.unet_px)
-    sizes = [3 * side_px**2 for side_px in sides_px]
-    pieces = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
-    tower, unet = (x.reshape(3, px, px) for x, px in zip(pieces, sides_px, strict=True))
-    return tower, unet
-
-
-def square_pixels(
-    squared: Image.Image, spec: ImageSpec, into: tuple[Pixels, Pixels] | None = None
-) -> tuple[Pixels, Pixels]:
-    """Resize and normalize a square that `cut_square` cut; returns what `to_pixels` does.
-
-    Args:
-        into: the arrays to fill, else new ones.
-    """
+def square_pixels(squared: Image.Image, spec: ImageSpec) -> tuple[Pixels, Pixels]:
+    """Resize and normalize a square that `cut_square` cut; returns what `to_pixels` does."""
     wanted = (
         (spec.tower_px, spec.tower_mean, spec.tower_std),
         (spec.unet_px, spec.unet_mean, spec.unet_std),
     )
     factors = {side_px: _factor(squared.width, side_px) for side_px, _, _ in wanted}
     reduced = {factor: _reduce(squared, factor) for factor in set(factors.values())}
-    tower, unet = into or empty_pixels(spec)
+    tower, unet = _empty_pixels(spec.tower_px, spec.unet_px)
 
     def fill(
         pixels: Pixels,
@@ -220,6 +205,13 @@ def _normalize(
     pixels[...] = picture.transpose(2, 0, 1)
     pixels *= scale[:, None, None]
     pixels -= shift[:, None, None]
+
+
+def _empty_pixels(*sides_px: int) -> list[Pixels]:
+    """Pieces of one array: from 4 MB on numpy asks for large pages, which come quicker."""
+    sizes = [3 * side_px**2 for side_px in sides_px]
+    pieces = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
+    return [x.reshape(3, px, px) for x, px in zip(pieces, sides_px, strict=True)]
 
 
 @functools.cache

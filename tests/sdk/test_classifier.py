@@ -38,8 +38,7 @@ from mdf_sdk import (
 )
 from mdf_sdk.evidence import cover_cells
 from mdf_sdk.machine import usable_cores
-from mdf_sdk.manifest import ImageSpec
-from mdf_sdk.preprocessing import Pixels, empty_pixels, find_square, to_pixels
+from mdf_sdk.preprocessing import find_square, to_pixels
 from mdf_sdk.sessions import Tensor
 from mdf_sdk.sessions.onnxruntime_cpu import OnnxRuntimeCpu
 
@@ -558,24 +557,6 @@ def test_blocks_that_do_not_depend_on_each_other_overlap_on_a_card_and_fail_toge
         meeting.abort()
         with pytest.raises(threading.BrokenBarrierError):
             classifier.predict(photograph // 2, "58 years old")
-
-
-def test_pixels_are_made_in_the_callers_thread_and_filled_in_another(
-    classifier: MDFClassifier, photograph: Picture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[tuple[str, tuple[Pixels, Pixels]]] = []
-
-    def noted(spec: ImageSpec) -> tuple[Pixels, Pixels]:
-        made.append((threading.current_thread().name, empty_pixels(spec)))
-        return made[-1][1]
-
-    monkeypatch.setattr(mdf_sdk.classifier, "empty_pixels", noted)
-    classifier.predict(photograph // 2, "58 years old")
-    ((thread, pixels),) = made
-    assert thread == threading.current_thread().name
-    found, expected = pixels, to_pixels(photograph // 2, classifier.manifest.image)
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_photographs_are_prepared_and_blocks_run_in_few_threads_none_of_them_the_callers(
