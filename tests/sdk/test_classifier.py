@@ -620,9 +620,17 @@ def test_a_photograph_is_let_go_after_the_call(toy_engine: Path, photograph: Pic
             assert held() is None
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background job is started deaf to interrupts, and Python then stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows waits for a lock without interrupt")
 def test_what_an_interrupted_caller_left_ends_before_the_next_runs_and_before_close(
-    toy_engine: Path, photograph: Picture, monkeypatch: pytest.MonkeyPatch
+    toy_engine: Path, photograph: Picture, monkeypatch: pytest.MonkeyPatch, interruptible: None
 ) -> None:
     with (
         MDFClassifier(toy_engine, device="cpu", threads=None) as classifier,
