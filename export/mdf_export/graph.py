@@ -204,7 +204,7 @@ class GraphBuilder:
     def save(self) -> int:
         """Check the graph and write it, whole or not at all; the builder is done then.
 
-        A card's graph over the same weights is written before it.
+        A card's graph over the same weights, where there is one, is written before it.
 
         Returns:
             Bytes of the weights.
@@ -213,9 +213,10 @@ class GraphBuilder:
             return self.weight_bytes
         self._data.close()
         path = self.folder / f"{self.name}.onnx"
-        for_card = to_card_graph(self._nodes, self._initializers, self.float_type)
-        if self._for_card and for_card != self._nodes:
-            self._write(for_card, path.with_name(path.name + FUSED_SUFFIX))
+        if self._for_card:
+            for_card = to_card_graph(self._nodes, self._initializers, self.float_type)
+            if for_card != self._nodes:
+                self._write(for_card, path.with_name(path.name + FUSED_SUFFIX))
         self._write(self._nodes, path)
         return self.weight_bytes
 

@@ -224,13 +224,12 @@ class OnnxRuntimeCudaSession:
             self._replay({name: tensor[i : i + 1] for name, tensor in inputs.items()})
             for i in range(cases)
         ]
-        outputs = replayed[0]
-        if cases > 1:
-            outputs = {
-                name: concatenate(self._memory, [tensors[name] for tensors in replayed])
-                for name in outputs
-            }
-        return dict(outputs)
+        if cases == 1:
+            return dict(replayed[0])
+        return {
+            name: concatenate(self._memory, [outputs[name] for outputs in replayed])
+            for name in replayed[0]
+        }
 
     def _replay(self, inputs: Mapping[str, Tensor]) -> dict[str, DeviceArray]:
         shapes = tuple(inputs[spec.name].shape for spec in self._spec.inputs)
