@@ -325,7 +325,8 @@ class MDFClassifier:
             spec = self.manifest.image
             photograph = decode(source, max(spec.tower_px, spec.unet_px))
             square = photograph.square.times(photograph.scale)
-            known[source.key] = _Photograph(source.key, square, *prepare(photograph, spec))
+            pixels = prepare(photograph, spec, self._engine.backend.empty_pixels)
+            known[source.key] = _Photograph(source.key, square, *pixels)
         return known[source.key]
 
     def _run(self, function: Callable[_P, _R], *args: _P.args, **options: _P.kwargs) -> _R:

@@ -9,7 +9,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from mdf_sdk.preprocessing import (
     Square,
     Thumbnail,
     cut_square,
+    empty_pixels,
     square_pixels,
 )
 
@@ -186,9 +187,11 @@ def load_photograph(source: ImageSource, least_px: int | None = None) -> Photogr
     return _decode(read_source(source), least_px)
 
 
-def prepare(photograph: Photograph, spec: ImageSpec) -> tuple[Pixels, Pixels]:
-    """Square, resize and normalize; returns what `to_pixels` does."""
-    return square_pixels(cut_square(photograph.image, photograph.square), spec)
+def prepare(
+    photograph: Photograph, spec: ImageSpec, empty: Callable[[int], Pixels] = empty_pixels
+) -> tuple[Pixels, Pixels]:
+    """Square, resize and normalize, as `square_pixels`; returns what `to_pixels` does."""
+    return square_pixels(cut_square(photograph.image, photograph.square), spec, empty)
 
 
 def check_size(width: int, height: int, name: str) -> None:

@@ -6,6 +6,7 @@ Training and the runtime both go through this module, so that they see the same 
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -151,15 +152,30 @@ def to_pixels(
     return square_pixels(cut_square(Image.fromarray(image), square or find_square(image)), spec)
 
 
-def square_pixels(squared: Image.Image, spec: ImageSpec) -> tuple[Pixels, Pixels]:
-    """Resize and normalize a square that `cut_square` cut; returns what `to_pixels` does."""
+def empty_pixels(size: int) -> Pixels:
+    """Return undefined float32 (size,)."""
+    return np.empty(size, np.float32)
+
+
+def square_pixels(
+    squared: Image.Image, spec: ImageSpec, empty: Callable[[int], Pixels] = empty_pixels
+) -> tuple[Pixels, Pixels]:
+    """Resize and normalize a square that `cut_square` cut; returns what `to_pixels` does.
+
+    Args:
+        empty: makes the array of which both are pieces.
+    """
     wanted = (
         (spec.tower_px, spec.tower_mean, spec.tower_std),
         (spec.unet_px, spec.unet_mean, spec.unet_std),
     )
     factors = {side_px: _factor(squared.width, side_px) for side_px, _, _ in wanted}
     reduced = {factor: _reduce(squared, factor) for factor in set(factors.values())}
-    tower, unet = _empty_pixels(spec.tower_px, spec.unet_px)
+    # Of one array: from 4 MB on numpy asks for large pages, which come quicker.
+    tower_size, unet_size = 3 * spec.tower_px**2, 3 * spec.unet_px**2
+    both = empty(tower_size + unet_size)
+    tower = both[:tower_size].reshape(3, spec.tower_px, spec.tower_px)
+    unet = both[tower_size:].reshape(3, spec.unet_px, spec.unet_px)
 
     def fill(
         pixels: Pixels,
@@ -205,13 +221,6 @@ def _normalize(
     pixels[...] = picture.transpose(2, 0, 1)
     pixels *= scale[:, None, None]
     pixels -= shift[:, None, None]
-
-
-def _empty_pixels(*sides_px: int) -> list[Pixels]:
-    """Pieces of one array: from 4 MB on numpy asks for large pages, which come quicker."""
-    sizes = [3 * side_px**2 for side_px in sides_px]
-    pieces = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])
-    return [x.reshape(3, px, px) for x, px in zip(pieces, sides_px, strict=True)]
 
 
 @functools.cache

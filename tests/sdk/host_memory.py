@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from mdf_sdk.clock import HostMark
+from mdf_sdk.preprocessing import Pixels
 from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
 
 _STREAMS = count(77)
@@ -52,6 +53,9 @@ class HostMemory:
                 self.check(source.pointer)
                 source = _view(source)
             _view(target)[...] = source
+
+    def empty_pixels(self, size: int) -> Pixels:
+        return np.full(size, np.nan, np.float32)
 
     def check(self, pointer: int) -> None:
         assert self._queued.get(pointer, self.stream) == self.stream, "another queue may write it"

@@ -1,5 +1,6 @@
 """CUDA's own memory, with a runtime that notes what it is asked: which queue, and what waits."""
 
+import ctypes
 import os
 import sys
 import threading
@@ -22,6 +23,8 @@ class Runtime(SimpleNamespace):
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self._next = 1000
+        self._pages = list[Any]()
+        self.lockable = sys.maxsize
         super().__init__(
             cudaError_t=SimpleNamespace(cudaErrorMemoryAllocation=2),
             cudaMemcpyKind=SimpleNamespace(cudaMemcpyDefault=4),
@@ -29,6 +32,7 @@ class Runtime(SimpleNamespace):
                 cudaMemPoolAttrReleaseThreshold=4, cudaMemPoolReuseAllowInternalDependencies=3
             ),
             cudaGetDeviceCount=lambda: (0, 1),
+            cudaHostAlloc=self._lock_pages,
             cudaGetDeviceProperties=lambda _: (0, SimpleNamespace(name=b"Toy", major=9, minor=0)),
         )
 
@@ -42,6 +46,12 @@ class Runtime(SimpleNamespace):
             return 0, 1.5 if name == "cudaEventElapsedTime" else self._next
 
         return call
+
+    def _lock_pages(self, size: int, flags: int) -> tuple[int, int]:
+        if size > self.lockable:
+            return 2, 0
+        self._pages.append((ctypes.c_char * size)())
+        return 0, ctypes.addressof(self._pages[-1])
 
     def asked(self, name: str) -> list[tuple[Any, ...]]:
         return [arguments for found, *arguments in self.calls if found == name]
@@ -86,6 +96,68 @@ def test_pixels_from_the_host_take_no_memory_beside_their_place(
     assert runtime.calls == [
         ("cudaMemcpyAsync", target.pointer, pixels.ctypes.data, pixels.nbytes, 4, memory.stream)
     ]
+
+
+def test_dropped_pixels_are_lent_again_once_no_array_refers_to_them(memory: CudaMemory) -> None:
+    whole = memory.empty_pixels(24)
+    address, part = whole.ctypes.data, whole[4:].reshape(4, 5)[None]
+    assert (whole.dtype, whole.shape) == (np.float32, (24,))
+    del whole
+    others = [memory.empty_pixels(24), memory.empty_pixels(24)]
+    assert address not in [pixels.ctypes.data for pixels in others]
+    part[...] = 7
+    assert all((pixels == 0).all() for pixels in others)  # as the toy makes them
+    del part
+    assert memory.empty_pixels(24).ctypes.data == address
+
+
+def test_pages_for_pixels_are_given_back_where_many_are_free_or_of_another_size(
+    runtime: Runtime, memory: CudaMemory
+) -> None:
+    lent = [memory.empty_pixels(24) for _ in range(6)]
+    addresses = [[pixels.ctypes.data] for pixels in lent]
+    lent.clear()
+    kept = memory.empty_pixels(24)
+    assert len(runtime.asked("cudaFreeHost")) == 2
+    other = memory.empty_pixels(12)
+    assert other.ctypes.data not in [address for (address,) in addresses]
+    assert len(runtime.asked("cudaFreeHost")) == 5
+    del kept
+    memory.trim()
+    assert sorted(runtime.asked("cudaFreeHost")) == sorted(addresses)
+
+
+def test_pages_that_outlive_the_memory_are_given_back_when_they_are_dropped(
+    runtime: Runtime,
+) -> None:
+    memory = CudaMemory()
+    pixels = memory.empty_pixels(24)
+    del memory
+    assert runtime.asked("cudaFreeHost") == []
+    address = pixels.ctypes.data
+    del pixels
+    assert runtime.asked("cudaFreeHost") == [[address]]
+
+
+def test_pixels_lie_in_common_memory_where_no_pages_can_be_locked(
+    runtime: Runtime, memory: CudaMemory
+) -> None:
+    runtime.lockable = 100
+    pixels = memory.empty_pixels(26)
+    assert pixels.shape == (26,)
+    del pixels
+    assert runtime.asked("cudaFreeHost") == []
+
+
+def test_no_pages_are_locked_while_a_queue_is_captured(memory: CudaMemory) -> None:
+    lent: list[Any] = []
+    asking = threading.Thread(target=lambda: lent.append(memory.empty_pixels(24)))
+    with memory.capturing():
+        asking.start()
+        asking.join(0.2)
+        assert not lent
+    asking.join(20)
+    assert len(lent) == 1
 
 
 def test_memory_is_freed_behind_what_reads_it_last_whichever_queue_made_it(

@@ -113,6 +113,31 @@ def test_a_batch_gives_the_very_answers_of_single_calls(
         assert all((found.mask[kind] == single.mask[kind]).all() for kind in single.mask)
 
 
+def test_pixels_are_prepared_where_the_card_copies_them_from(
+    on_card: MDFClassifier,
+    pictures: list[npt.NDArray[np.uint8]],
+    memory: HostMemory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, read = list[Any](), list[Any]()
+    empty_pixels, write = memory.empty_pixels, type(memory).write
+
+    def note_made(size: int) -> Any:
+        made.append(empty_pixels(size))
+        return made[-1]
+
+    def note_read(self: HostMemory, *copies: tuple[DeviceArray, Tensor]) -> None:
+        read.extend(source for _, source in copies if isinstance(source, np.ndarray))
+        write(self, *copies)
+
+    monkeypatch.setattr(memory, "empty_pixels", note_made)
+    monkeypatch.setattr(HostMemory, "write", note_read)
+    on_card.predict(pictures[0], TEXTS[0])
+    (pixels,) = made
+    tower, unet = [source for source in read if np.shares_memory(source, pixels)]
+    assert tower.nbytes + unet.nbytes == pixels.nbytes
+
+
 def test_a_kept_photograph_is_not_overwritten_by_another(
     on_card: MDFClassifier, pictures: list[npt.NDArray[np.uint8]]
 ) -> None:

@@ -3,6 +3,7 @@
 import copy
 import os
 import threading
+from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
@@ -11,12 +12,14 @@ from typing import Any, Self
 import numpy as np
 
 from mdf_sdk.errors import BackendRunError, BackendUnavailableError, DeviceMemoryError
+from mdf_sdk.preprocessing import Pixels, empty_pixels
 from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
 
 _KEPT_BYTES = 512 * 2**20
 # In a queue a copy from pageable memory may wait for all before it. So a text, which comes while
 # the tower runs, lands beside it first; a photograph's pixels come first, and would leave holes.
 _LANDING_BYTES = 2 * 2**20
+_FREE_PAGES = 4  # pieces of page-locked memory that are kept for the next photographs
 _OLDEST_CARD = (7, 5)
 
 
@@ -74,6 +77,7 @@ class CudaMemory:
             raise BackendUnavailableError(f"device 'cuda': {self.card}: {error}") from error
         # What is made beside goes to the blocks of this queue, which are the last to read it.
         self._last, self._freeing = self._queue, threading.RLock()
+        self._page_locked = _PageLocked(self._call)
 
     @property
     def stream(self) -> int:
@@ -98,6 +102,10 @@ class CudaMemory:
                 held = np.ascontiguousarray(source)  # it has been read when the call returns
                 self._copy(target.pointer, held.ctypes.data, held.nbytes, self._queue)
 
+    def empty_pixels(self, size: int) -> Pixels:
+        with self._freeing:  # CUDA locks no pages while a queue is captured
+            return self._page_locked.empty(size)
+
     def to_host(self, source: DeviceArray) -> Array:
         target = np.empty(source.shape, source.dtype)
         self._copy(target.ctypes.data, source.pointer, source.nbytes, self._queue)
@@ -118,6 +126,8 @@ class CudaMemory:
     def trim(self) -> None:
         self._call.runtime.cudaStreamSynchronize(self._last.handle)  # what is freed is queued
         self._call.runtime.cudaMemPoolTrimTo(self._pool, 0)
+        with self._freeing:
+            self._page_locked.trim(0)
 
     def free_and_total_bytes(self) -> tuple[int, int]:
         free, total = self._call("cudaMemGetInfo")
@@ -202,6 +212,63 @@ class _Allocation:
             return  # a forked child has none of it, and the lock may be held for ever there
         with self.freeing:
             self.stream.call.runtime.cudaFreeAsync(self.pointer, self.stream.handle)
+
+
+class _PageLocked:
+    """Memory of the host that the card reads by itself, while the host goes on.
+
+    Locking pages takes CUDA as long as a block, so what was dropped is lent again.
+    """
+
+    def __init__(self, call: _Calls) -> None:
+        self._call = call
+        self._free = deque["_Pages"]()
+
+    def empty(self, size: int) -> Pixels:
+        """Undefined float32 (size,); common memory where no more can be locked."""
+        self.trim(_FREE_PAGES)
+        while self._free:
+            pages = self._free.popleft()
+            if pages.size == size:
+                return np.asarray(_Lent(pages, self._free))
+        status, pointer = self._call.runtime.cudaHostAlloc(size * np.float32().nbytes, 0)
+        if status != 0:
+            return empty_pixels(size)
+        return np.asarray(_Lent(_Pages(int(pointer), size, self._call), self._free))
+
+    def trim(self, kept: int) -> None:
+        """Give all but `kept` of what was dropped back to the system."""
+        while len(self._free) > kept:
+            self._free.popleft()
+
+
+@dataclass(frozen=True)
+class _Pages:
+    pointer: int
+    size: int
+    call: _Calls
+
+    def __del__(self) -> None:
+        self.call.runtime.cudaFreeHost(self.pointer)
+
+
+class _Lent:
+    """What arrays of these pages refer to; when the last is dropped, in any thread, they are free.
+
+    https://numpy.org/doc/stable/reference/arrays.interface.html
+    """
+
+    def __init__(self, pages: _Pages, free: deque[_Pages]) -> None:
+        self._pages, self._free = pages, free
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": np.dtype(np.float32).str,
+            "shape": (pages.size,),
+            "data": (pages.pointer, False),
+        }
+
+    def __del__(self) -> None:
+        self._free.append(self._pages)
 
 
 @dataclass(frozen=True)

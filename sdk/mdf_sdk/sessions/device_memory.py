@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mdf_sdk.clock import Mark
+from mdf_sdk.preprocessing import Pixels
 
 Array = npt.NDArray[Any]
 
@@ -74,8 +75,11 @@ class DeviceMemory(Protocol):
     def write(self, *copies: tuple[DeviceArray, Tensor]) -> None:
         """Queue copies to each target from a source of the same shape and dtype.
 
-        A source on the host has been read when the call returns.
+        A source on the host has been read when the call returns; of `empty_pixels`, after a `wait`.
         """
+
+    def empty_pixels(self, size: int) -> Pixels:
+        """Allocate float32 (size,) on the host, from where the card copies by itself."""
 
     def to_host(self, source: DeviceArray) -> Array:
         """Copy to a new array on the host, once all that is queued is done."""
@@ -149,6 +153,9 @@ class CardBackend:
 
     def text_rows(self, rows: int) -> int:
         return -(-rows // _ROWS_STEP) * _ROWS_STEP
+
+    def empty_pixels(self, size: int) -> Pixels:
+        return self._memory.empty_pixels(size)
 
     def to_host(self, tensor: Tensor) -> Array:
         return self._memory.to_host(tensor) if isinstance(tensor, DeviceArray) else tensor

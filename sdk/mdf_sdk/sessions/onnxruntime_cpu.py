@@ -10,6 +10,7 @@ from mdf_sdk.clock import HostMark
 from mdf_sdk.errors import InputError
 from mdf_sdk.machine import cpu_name, usable_cores
 from mdf_sdk.manifest import Manifest
+from mdf_sdk.preprocessing import Pixels, empty_pixels
 from mdf_sdk.sessions import Array, Tensor, host_memory
 from mdf_sdk.sessions.onnxruntime_load import (
     import_onnxruntime,
@@ -54,6 +55,9 @@ class OnnxRuntimeCpu:
 
     def text_rows(self, rows: int) -> int:
         return rows
+
+    def empty_pixels(self, size: int) -> Pixels:
+        return empty_pixels(size)
 
     def to_host(self, tensor: Tensor) -> Array:
         assert isinstance(tensor, np.ndarray)
