@@ -28,7 +28,6 @@ from mdf_sdk.preprocessing import (
     Pixels,
     Square,
     Thumbnail,
-    cut_square,
     empty_pixels,
     square_pixels,
 )
@@ -191,7 +190,7 @@ def prepare(
     photograph: Photograph, spec: ImageSpec, empty: Callable[[int], Pixels] = empty_pixels
 ) -> tuple[Pixels, Pixels]:
     """Square, resize and normalize, as `square_pixels`; returns what `to_pixels` does."""
-    return square_pixels(cut_square(photograph.image, photograph.square), spec, empty)
+    return square_pixels(photograph.image, photograph.square, spec, empty)
 
 
 def check_size(width: int, height: int, name: str) -> None:

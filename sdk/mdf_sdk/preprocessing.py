@@ -128,11 +128,12 @@ def crop_square(
     Returns:
         Same dtype, (side_px, side_px, 3) or (side_px, side_px).
     """
-    squared = cut_square(Image.fromarray(array), square)
+    image = Image.fromarray(array)
     if nearest:
-        return np.array(squared.resize((side_px, side_px), Image.Resampling.NEAREST))
+        whole = _cut(image, square, 1)
+        return np.array(whole.resize((side_px, side_px), Image.Resampling.NEAREST))
     factor = _factor(square.side, side_px)
-    reduced = _reduce(squared, factor)
+    reduced = _cut(image, square, factor)
     strips = [_resize(reduced, square.side / factor, side_px, rows) for rows in _strips(side_px)]
     return np.concatenate(strips)
 
@@ -149,7 +150,7 @@ def to_pixels(
     Returns:
         float32 (3, tower_px, tower_px) and (3, unet_px, unet_px): (value / 255 - mean) / std.
     """
-    return square_pixels(cut_square(Image.fromarray(image), square or find_square(image)), spec)
+    return square_pixels(Image.fromarray(image), square or find_square(image), spec)
 
 
 def empty_pixels(size: int) -> Pixels:
@@ -158,9 +159,12 @@ def empty_pixels(size: int) -> Pixels:
 
 
 def square_pixels(
-    squared: Image.Image, spec: ImageSpec, empty: Callable[[int], Pixels] = empty_pixels
+    image: Image.Image,
+    square: Square,
+    spec: ImageSpec,
+    empty: Callable[[int], Pixels] = empty_pixels,
 ) -> tuple[Pixels, Pixels]:
-    """Resize and normalize a square that `cut_square` cut; returns what `to_pixels` does.
+    """Square, resize and normalize an RGB image; returns what `to_pixels` does.
 
     Args:
         empty: makes the array of which both are pieces.
@@ -169,8 +173,8 @@ def square_pixels(
         (spec.tower_px, spec.tower_mean, spec.tower_std),
         (spec.unet_px, spec.unet_mean, spec.unet_std),
     )
-    factors = {side_px: _factor(squared.width, side_px) for side_px, _, _ in wanted}
-    reduced = {factor: _reduce(squared, factor) for factor in set(factors.values())}
+    factors = {side_px: _factor(square.side, side_px) for side_px, _, _ in wanted}
+    reduced = {factor: _cut(image, square, factor) for factor in set(factors.values())}
     # Of one array: from 4 MB on numpy asks for large pages, which come quicker.
     tower_size, unet_size = 3 * spec.tower_px**2, 3 * spec.unet_px**2
     both = empty(tower_size + unet_size)
@@ -185,7 +189,7 @@ def square_pixels(
         rows: tuple[int, int],
     ) -> None:
         factor = factors[side_px]
-        strip = _resize(reduced[factor], squared.width / factor, side_px, rows)
+        strip = _resize(reduced[factor], square.side / factor, side_px, rows)
         _normalize(strip, mean, std, pixels[:, slice(*rows)])
 
     # Pillow and numpy let go of Python's lock.
@@ -239,19 +243,20 @@ def _brightness(image: Image.Image) -> Image.Image:
     return ImageChops.lighter(ImageChops.lighter(red, green), blue)
 
 
-def cut_square(image: Image.Image, square: Square) -> Image.Image:
-    """Cut a square out; what lies outside the image is black."""
+def _cut(image: Image.Image, square: Square, factor: int) -> Image.Image:
+    """Cut a square out and average it in blocks; what lies outside the image is black."""
     right, bottom = square.left + square.side, square.top + square.side
-    return image.crop((square.left, square.top, right, bottom))
+    box = (square.left, square.top, right, bottom)
+    if factor == 1:
+        return image.crop(box)
+    if min(box) < 0 or right > image.width or bottom > image.height:
+        return image.crop(box).reduce(factor)
+    return image.reduce(factor, box)  # without a copy of the square
 
 
 def _factor(side: int, side_px: int) -> int:
     """The side of the blocks to average before a resize, which halves its time."""
     return max(1, side // side_px)
-
-
-def _reduce(image: Image.Image, factor: int) -> Image.Image:
-    return image.reduce(factor) if factor > 1 else image  # which would be copied
 
 
 def _strips(side_px: int) -> list[tuple[int, int]]:

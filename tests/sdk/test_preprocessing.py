@@ -119,14 +119,22 @@ def test_pixels_are_the_squares_that_training_keeps(side: int, at: int) -> None:
     np.testing.assert_array_equal(unet, normalize(own, SPEC.unet_mean, SPEC.unet_std))
 
 
-@given(side=st.integers(1, 400), side_px=st.integers(1, 120))
-@settings(deadline=None, max_examples=50)
-def test_a_crop_is_what_pillow_makes_of_it_in_one_call(side: int, side_px: int) -> None:
+@given(
+    left=st.integers(-5, 60),
+    top=st.integers(-5, 60),
+    side=st.integers(1, 400),
+    side_px=st.integers(1, 120),
+)
+@settings(deadline=None, max_examples=200)
+def test_a_crop_is_what_pillow_makes_of_it_in_one_call(
+    left: int, top: int, side: int, side_px: int
+) -> None:
+    """Whether the square lies in the picture or reaches beyond it."""
     picture = np.random.default_rng(0).integers(0, 256, (200, 230, 3), np.uint8)
-    whole = Image.fromarray(picture).crop((-5, 3, side - 5, side + 3))
+    whole = Image.fromarray(picture).crop((left, top, left + side, top + side))
     bilinear = Image.Resampling.BILINEAR
     expected = whole.resize((side_px, side_px), bilinear, reducing_gap=1.0)
-    crop = crop_square(picture, Square(-5, 3, side), side_px)
+    crop = crop_square(picture, Square(left, top, side), side_px)
     np.testing.assert_array_equal(crop, np.asarray(expected))
 
 
