@@ -23,7 +23,7 @@ class Runtime(SimpleNamespace):
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self._next = 1000
-        self._pages = list[Any]()
+        self._pages, self.locked = list[Any](), list[int]()
         self.lockable = sys.maxsize
         super().__init__(
             cudaError_t=SimpleNamespace(cudaErrorMemoryAllocation=2),
@@ -51,7 +51,8 @@ class Runtime(SimpleNamespace):
         if size > self.lockable:
             return 2, 0
         self._pages.append((ctypes.c_char * size)())
-        return 0, ctypes.addressof(self._pages[-1])
+        self.locked.append(ctypes.addressof(self._pages[-1]))
+        return 0, self.locked[-1]
 
     def asked(self, name: str) -> list[tuple[Any, ...]]:
         return [arguments for found, *arguments in self.calls if found == name]
@@ -111,20 +112,22 @@ def test_dropped_pixels_are_lent_again_once_no_array_refers_to_them(memory: Cuda
     assert memory.empty_pixels(24).ctypes.data == address
 
 
-def test_pages_for_pixels_are_given_back_where_many_are_free_or_of_another_size(
-    runtime: Runtime, memory: CudaMemory
-) -> None:
-    lent = [memory.empty_pixels(24) for _ in range(6)]
-    addresses = [[pixels.ctypes.data] for pixels in lent]
+def test_few_pages_are_locked_and_all_are_given_back(runtime: Runtime, memory: CudaMemory) -> None:
+    lent = [memory.empty_pixels(24) for _ in range(20)]
+    lent += [memory.empty_pixels(26)]
+    assert len(runtime.locked) == 12
     lent.clear()
-    kept = memory.empty_pixels(24)
-    assert len(runtime.asked("cudaFreeHost")) == 2
-    other = memory.empty_pixels(12)
-    assert other.ctypes.data not in [address for (address,) in addresses]
-    assert len(runtime.asked("cudaFreeHost")) == 5
-    del kept
+    lent = [memory.empty_pixels(24) for _ in range(12)]
+    assert len(runtime.locked) == 12
+    assert {pixels.ctypes.data for pixels in lent} == set(runtime.locked)
+    assert runtime.asked("cudaFreeHost") == []
+    lent.clear()
     memory.trim()
-    assert sorted(runtime.asked("cudaFreeHost")) == sorted(addresses)
+    assert sorted(runtime.asked("cudaFreeHost")) == [
+        [address] for address in sorted(runtime.locked)
+    ]
+    memory.empty_pixels(26)
+    assert len(runtime.locked) == 13
 
 
 def test_pages_that_outlive_the_memory_are_given_back_when_they_are_dropped(

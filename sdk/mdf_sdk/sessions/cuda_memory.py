@@ -19,7 +19,7 @@ _KEPT_BYTES = 512 * 2**20
 # In a queue a copy from pageable memory may wait for all before it. So a text, which comes while
 # the tower runs, lands beside it first; a photograph's pixels come first, and would leave holes.
 _LANDING_BYTES = 2 * 2**20
-_FREE_PAGES = 4  # pieces of page-locked memory that are kept for the next photographs
+_PAGE_LOCKED = 12  # photographs' pixels in such memory at most: no other program can have it
 _OLDEST_CARD = (7, 5)
 
 
@@ -127,7 +127,7 @@ class CudaMemory:
         self._call.runtime.cudaStreamSynchronize(self._last.handle)  # what is freed is queued
         self._call.runtime.cudaMemPoolTrimTo(self._pool, 0)
         with self._freeing:
-            self._page_locked.trim(0)
+            self._page_locked.trim()
 
     def free_and_total_bytes(self) -> tuple[int, int]:
         free, total = self._call("cudaMemGetInfo")
@@ -217,29 +217,31 @@ class _Allocation:
 class _PageLocked:
     """Memory of the host that the card reads by itself, while the host goes on.
 
-    Locking pages takes CUDA as long as a block, so what was dropped is lent again.
+    Locking and unlocking pages takes CUDA milliseconds, so what was dropped is lent again.
     """
 
     def __init__(self, call: _Calls) -> None:
         self._call = call
         self._free = deque["_Pages"]()
+        self._made = 0
 
     def empty(self, size: int) -> Pixels:
         """Undefined float32 (size,); common memory where no more can be locked."""
-        self.trim(_FREE_PAGES)
-        while self._free:
-            pages = self._free.popleft()
-            if pages.size == size:
-                return np.asarray(_Lent(pages, self._free))
+        if self._free and self._free[0].size == size:
+            return np.asarray(_Lent(self._free.popleft(), self._free))
+        if self._made == _PAGE_LOCKED:
+            return empty_pixels(size)
         status, pointer = self._call.runtime.cudaHostAlloc(size * np.float32().nbytes, 0)
         if status != 0:
             return empty_pixels(size)
+        self._made += 1
         return np.asarray(_Lent(_Pages(int(pointer), size, self._call), self._free))
 
-    def trim(self, kept: int) -> None:
-        """Give all but `kept` of what was dropped back to the system."""
-        while len(self._free) > kept:
+    def trim(self) -> None:
+        """Give what was dropped back to the system."""
+        while self._free:
             self._free.popleft()
+            self._made -= 1
 
 
 @dataclass(frozen=True)
