@@ -9,7 +9,6 @@ from typing import Any, Self
 import numpy as np
 
 from mdf_sdk.clock import HostMark
-from mdf_sdk.preprocessing import Pixels
 from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
 
 _STREAMS = count(77)
@@ -54,7 +53,7 @@ class HostMemory:
                 source = _view(source)
             _view(target)[...] = source
 
-    def empty_pixels(self, size: int) -> Pixels:
+    def empty_pixels(self, size: int) -> Array:
         return np.full(size, np.nan, np.float32)
 
     def check(self, pointer: int) -> None:

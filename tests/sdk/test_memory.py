@@ -19,7 +19,6 @@ from mdf_sdk.engine import Engine
 from mdf_sdk.errors import DeviceMemoryError
 from mdf_sdk.manifest import BLOCKS, FileEntry, PlanSpec, Precision
 from mdf_sdk.memory import KEPT_PHOTOGRAPHS, MemoryPlan, check_memory, required_bytes
-from mdf_sdk.preprocessing import Pixels
 from mdf_sdk.sessions import Array, Session, Tensor
 from mdf_sdk.sessions.host_memory import free_and_total_bytes
 from mdf_sdk.sessions.onnxruntime_cpu import OnnxRuntimeCpu
@@ -73,7 +72,7 @@ class Card:
     def text_rows(self, rows: int) -> int:
         raise AssertionError("not to be asked")
 
-    def empty_pixels(self, size: int) -> Pixels:
+    def empty_pixels(self, size: int) -> Array:
         raise AssertionError("not to be asked")
 
     def to_host(self, tensor: Tensor) -> Array:

@@ -11,7 +11,6 @@ from typing import Protocol
 from mdf_sdk.clock import Mark
 from mdf_sdk.errors import BackendUnavailableError
 from mdf_sdk.manifest import PROCESSORS_ALONE, Manifest
-from mdf_sdk.preprocessing import Pixels
 from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
 
 __all__ = [
@@ -70,7 +69,7 @@ class Backend(Protocol):
     def text_rows(self, rows: int) -> int:
         """To how many rows a prompt of `rows` is padded, the prefix included: few shapes occur."""
 
-    def empty_pixels(self, size: int) -> Pixels:
+    def empty_pixels(self, size: int) -> Array:
         """Undefined float32 (size,) on the host, for pixels that `run` will read.
 
         To be kept until `to_host` has given what came of them.

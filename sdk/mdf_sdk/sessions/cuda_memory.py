@@ -12,7 +12,6 @@ from typing import Any, Self
 import numpy as np
 
 from mdf_sdk.errors import BackendRunError, BackendUnavailableError, DeviceMemoryError
-from mdf_sdk.preprocessing import Pixels, empty_pixels
 from mdf_sdk.sessions.device_memory import Array, DeviceArray, Tensor
 
 _KEPT_BYTES = 512 * 2**20
@@ -99,10 +98,11 @@ class CudaMemory:
                 landed = self._land(source)
                 self._copy(target.pointer, landed.pointer, target.nbytes, self._queue)
             else:
-                held = np.ascontiguousarray(source)  # it has been read when the call returns
+                # Pageable, it has been read when the call returns; else its owner keeps it.
+                held = np.ascontiguousarray(source)
                 self._copy(target.pointer, held.ctypes.data, held.nbytes, self._queue)
 
-    def empty_pixels(self, size: int) -> Pixels:
+    def empty_pixels(self, size: int) -> Array:
         with self._freeing:  # CUDA locks no pages while a queue is captured
             return self._page_locked.empty(size)
 
@@ -225,17 +225,16 @@ class _PageLocked:
         self._free = deque["_Pages"]()
         self._made = 0
 
-    def empty(self, size: int) -> Pixels:
+    def empty(self, size: int) -> Array:
         """Undefined float32 (size,); common memory where no more can be locked."""
         if self._free and self._free[0].size == size:
             return np.asarray(_Lent(self._free.popleft(), self._free))
-        if self._made == _PAGE_LOCKED:
-            return empty_pixels(size)
-        status, pointer = self._call.runtime.cudaHostAlloc(size * np.float32().nbytes, 0)
-        if status != 0:
-            return empty_pixels(size)
-        self._made += 1
-        return np.asarray(_Lent(_Pages(int(pointer), size, self._call), self._free))
+        if self._made < _PAGE_LOCKED:
+            status, pointer = self._call.runtime.cudaHostAlloc(size * np.float32().nbytes, 0)
+            if status == 0:
+                self._made += 1
+                return np.asarray(_Lent(_Pages(int(pointer), size, self._call), self._free))
+        return np.empty(size, np.float32)
 
     def trim(self) -> None:
         """Give what was dropped back to the system."""

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mdf_sdk.clock import Mark
-from mdf_sdk.preprocessing import Pixels
 
 Array = npt.NDArray[Any]
 
@@ -78,7 +77,7 @@ class DeviceMemory(Protocol):
         A source on the host has been read when the call returns; of `empty_pixels`, after a `wait`.
         """
 
-    def empty_pixels(self, size: int) -> Pixels:
+    def empty_pixels(self, size: int) -> Array:
         """Allocate float32 (size,) on the host, from where the card copies by itself."""
 
     def to_host(self, source: DeviceArray) -> Array:
@@ -154,7 +153,7 @@ class CardBackend:
     def text_rows(self, rows: int) -> int:
         return -(-rows // _ROWS_STEP) * _ROWS_STEP
 
-    def empty_pixels(self, size: int) -> Pixels:
+    def empty_pixels(self, size: int) -> Array:
         return self._memory.empty_pixels(size)
 
     def to_host(self, tensor: Tensor) -> Array:

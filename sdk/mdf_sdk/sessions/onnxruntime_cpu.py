@@ -10,7 +10,6 @@ from mdf_sdk.clock import HostMark
 from mdf_sdk.errors import InputError
 from mdf_sdk.machine import cpu_name, usable_cores
 from mdf_sdk.manifest import Manifest
-from mdf_sdk.preprocessing import Pixels, empty_pixels
 from mdf_sdk.sessions import Array, Tensor, host_memory
 from mdf_sdk.sessions.onnxruntime_load import (
     import_onnxruntime,
@@ -56,8 +55,8 @@ class OnnxRuntimeCpu:
     def text_rows(self, rows: int) -> int:
         return rows
 
-    def empty_pixels(self, size: int) -> Pixels:
-        return empty_pixels(size)
+    def empty_pixels(self, size: int) -> Array:
+        return np.empty(size, np.float32)
 
     def to_host(self, tensor: Tensor) -> Array:
         assert isinstance(tensor, np.ndarray)
