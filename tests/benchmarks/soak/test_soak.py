@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import platform
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdf_benchmarks.soak import commands
 from mdf_benchmarks.soak.calls import Call, make_cases, plan_calls, refused_calls
 from mdf_benchmarks.soak.soak import (
     Answer,
@@ -32,6 +35,23 @@ GRADIENT = (np.tile(np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 3)), "
 KINDS = {
     *("single", "same_image", "mask", "batch", "evidence", "impatient", "bad_input", "failing"),
 }
+# Buffers that lie outside the heaps: how many more there are for a megabyte, once four were freed.
+MAPPED = """
+import ctypes
+import sys
+from mdf_benchmarks.soak.commands import keep_heaps_small
+
+class Info(ctypes.Structure):  # struct mallinfo2
+    _fields_ = [(f"n{i}" if i != 3 else "mapped", ctypes.c_size_t) for i in range(10)]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Info
+exec(sys.argv[1])
+bytearray(4_000_000)
+before = mallinfo2().mapped
+kept = bytearray(1_000_000)
+print(mallinfo2().mapped - before)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -259,13 +279,28 @@ def test_nothing_to_do_is_refused(tiny_engine: Path, options: dict[str, Any]) ->
         soak(tiny_engine, **options)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its heaps are meant")
+def test_the_command_lets_large_buffers_go_back_to_the_system() -> None:
+    """Without it, what is smaller than the largest that was freed comes from a heap."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", MAPPED, call], capture_output=True, text=True, check=True
+        ).stdout
+        for call in ("keep_heaps_small()", "None")
+    ]
+    assert found == ["1\n", "0\n"]
+
+
 def test_the_command_ends_with_one_json_document_and_tells_by_its_code(
-    tiny_engine: Path, capsys: pytest.CaptureFixture[str]
+    tiny_engine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings: list[bool] = []  # not of this process, which has other tests to run
+    monkeypatch.setattr(commands, "keep_heaps_small", lambda: settings.append(True))
     command = ["soak", str(tiny_engine), "--minutes", "0.02", "--callers", "2", "--threads", "1"]
     code = main([*command, "--device", "cpu", "--json"])
     *lines, document = capsys.readouterr().out.splitlines()
     printed = json.loads(document)
+    assert settings == [True]
     assert code == bool(printed["broken"])
     assert [line for line in lines if line.startswith("BROKEN")] == [
         f"BROKEN: {found}" for found in printed["broken"]
