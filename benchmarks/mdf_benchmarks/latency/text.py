@@ -52,7 +52,7 @@ def _latency(report: Mapping[str, Any]) -> list[str]:
     head = f"{'ms':24s}{'p50':>9s}{'95 % interval':>19s}{'p90':>9s}{'p95':>9s}{'p99':>9s}"
     lines = [head + f"{'min':>9s}{'n':>8s}"]
     for kind, times in report["latency"].items():
-        lines.append(_row(KIND_NAMES[kind], times, times["p50_rounds_interval_ms"]))
+        lines.append(_row(KIND_NAMES[kind], times))
         lines.append(_row("  without the photograph", times["without_image"]))
         lines += [
             _row(f"  {stage}", found)
@@ -61,11 +61,11 @@ def _latency(report: Mapping[str, Any]) -> list[str]:
         ]
     decoding, pace = report["decode_and_square"], report["pace"]
     lines.append(_row(f"JPEG of {decoding['side_px']} px, squared", decoding))
-    return [*lines, _row("machine's own pace", pace, pace["p50_rounds_interval_ms"])]
+    return [*lines, _row("machine's own pace", pace)]
 
 
-def _row(name: str, times: Mapping[str, Any], interval: Sequence[float | None] = ()) -> str:
-    shown = describe_interval(interval or times["p50_interval_ms"])
+def _row(name: str, times: Mapping[str, Any]) -> str:
+    shown = describe_interval(times.get("p50_rounds_interval_ms", times["p50_interval_ms"]))
     figures = "".join(f"{times[f'{key}_ms']:9.2f}" for key in ("p90", "p95", "p99", "min"))
     return f"{name:24s}{times['p50_ms']:9.2f}{shown:>19s}{figures}{times['n']:8d}"
 

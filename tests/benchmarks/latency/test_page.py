@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mdf_benchmarks.latency.page import format_page
-from mdf_benchmarks.latency.text import format_report
+from mdf_benchmarks.latency.text import describe_interval, format_report
 from mdf_sdk import errors
 
 from ..pages import Page  # noqa: TID252 - tests are no installed package
@@ -48,6 +48,15 @@ def test_a_page_has_every_plot_figure_and_failure(page: Page, report: dict[str, 
         assert failure in words
         assert failure in format_report(report)
     assert report["manifest_sha256"] in words
+
+
+def test_page_and_text_show_the_same_intervals(page: Page, report: dict[str, Any]) -> None:
+    words, text = " ".join(page.words), format_report(report)
+    for times in report["latency"].values():
+        for figures in (times, times["without_image"]):
+            shown = describe_interval(figures["p50_rounds_interval_ms"])
+            assert shown in words
+            assert f" {shown} " in text
 
 
 def test_what_a_report_says_is_no_markup(report: dict[str, Any]) -> None:
