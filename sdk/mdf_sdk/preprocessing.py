@@ -20,6 +20,7 @@ from mdf_sdk.manifest import ImageSpec
 
 Picture = npt.NDArray[np.uint8]
 Pixels = npt.NDArray[np.float32]
+Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow takes them
 THUMBNAIL_PX = 256
 # Of the field's bright end; on 150 photographs of four public sets the surround is below 3 %, the
 # field above 15 %.
@@ -36,6 +37,11 @@ class Square:
     left: int
     top: int
     side: int
+
+    @property
+    def box(self) -> Box:
+        """Where it is in the photograph, and beyond it."""
+        return self.left, self.top, self.left + self.side, self.top + self.side
 
     def times(self, scale: int) -> "Square":
         """The same part of a picture `scale` times as large."""
@@ -128,12 +134,12 @@ def crop_square(
     Returns:
         Same dtype, (side_px, side_px, 3) or (side_px, side_px).
     """
-    image = Image.fromarray(array)
+    image, box = _around(Image.fromarray(array), square)
     if nearest:
-        whole = _cut(image, square, 1)
-        return np.array(whole.resize((side_px, side_px), Image.Resampling.NEAREST))
+        squared = _reduce(image, box, 1)
+        return np.array(squared.resize((side_px, side_px), Image.Resampling.NEAREST))
     factor = _factor(square.side, side_px)
-    reduced = _cut(image, square, factor)
+    reduced = _reduce(image, box, factor)
     strips = [_resize(reduced, square.side / factor, side_px, rows) for rows in _strips(side_px)]
     return np.concatenate(strips)
 
@@ -174,7 +180,8 @@ def square_pixels(
         (spec.unet_px, spec.unet_mean, spec.unet_std),
     )
     factors = {side_px: _factor(square.side, side_px) for side_px, _, _ in wanted}
-    reduced = {factor: _cut(image, square, factor) for factor in set(factors.values())}
+    image, box = _around(image, square)
+    reduced = {factor: _reduce(image, box, factor) for factor in set(factors.values())}
     # Of one array: from 4 MB on numpy asks for large pages, which come quicker.
     tower_size, unet_size = 3 * spec.tower_px**2, 3 * spec.unet_px**2
     both = empty(tower_size + unet_size)
@@ -243,20 +250,24 @@ def _brightness(image: Image.Image) -> Image.Image:
     return ImageChops.lighter(ImageChops.lighter(red, green), blue)
 
 
-def _cut(image: Image.Image, square: Square, factor: int) -> Image.Image:
-    """Cut a square out and average it in blocks; what lies outside the image is black."""
-    right, bottom = square.left + square.side, square.top + square.side
-    box = (square.left, square.top, right, bottom)
-    if factor == 1:
-        return image.crop(box)
-    if min(box) < 0 or right > image.width or bottom > image.height:
-        return image.crop(box).reduce(factor)
-    return image.reduce(factor, box)  # without a copy of the square
+def _around(image: Image.Image, square: Square) -> tuple[Image.Image, Box]:
+    """Return an image that holds the whole square, and where; what lay outside is black."""
+    left, top, right, bottom = square.box
+    if left >= 0 and top >= 0 and right <= image.width and bottom <= image.height:
+        return image, square.box
+    return image.crop(square.box), (0, 0, square.side, square.side)
 
 
 def _factor(side: int, side_px: int) -> int:
     """The side of the blocks to average before a resize, which halves its time."""
     return max(1, side // side_px)
+
+
+def _reduce(image: Image.Image, box: Box, factor: int) -> Image.Image:
+    """Cut a box out and average it in blocks, without a copy that is not needed."""
+    if factor > 1:
+        return image.reduce(factor, box)
+    return image if box == (0, 0, *image.size) else image.crop(box)
 
 
 def _strips(side_px: int) -> list[tuple[int, int]]:

@@ -1,19 +1,15 @@
 """`mdf soak`: command line in, a table and a JSON line out."""
 
 import argparse
-import ctypes
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mdf_benchmarks.memory import keep_heaps_small
 from mdf_benchmarks.options import add_run_options
 
 if TYPE_CHECKING:
     from mdf_benchmarks.soak.soak import MemoryCourse, SoakReport
-
-# glibc's M_MMAP_THRESHOLD and M_ARENA_MAX, by their numbers in malloc.h.
-_HEAP_SETTINGS = {-3: 128 * 1024, -8: 2}
 
 
 def add_soak(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,18 +43,6 @@ def run_soak(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_dict()))
     return 1 if report.broken else 0
-
-
-def keep_heaps_small() -> None:
-    """Let this process's large buffers go back to the system, as README tells a service to do.
-
-    Else glibc's heaps grow to the worst order of buffers, and pass for the classifier's growth.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            for parameter, value in _HEAP_SETTINGS.items():
-                mallopt(parameter, value)
 
 
 def _lines(report: "SoakReport") -> list[str]:

@@ -1,9 +1,6 @@
 """An engine under many callers for many minutes in; every call accounted for, and memory, out."""
 
-import ctypes
-import gc
 import math
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mdf_benchmarks.memory import resident_bytes
+from mdf_benchmarks.memory import give_back_freed, resident_bytes
 from mdf_benchmarks.soak.calls import (
     EVIDENCE_CASES,
     Call,
@@ -190,7 +187,7 @@ def soak(
     deadline = time.monotonic() + grace_s
     for thread in running:
         thread.join(max(0.0, deadline - time.monotonic()))
-    _give_back()
+    give_back_freed()
     with judge.lock:
         asked = Counter(judge.asked)
         counts = {name: judge.outcomes[name] for name in _OUTCOMES}
@@ -218,15 +215,6 @@ def soak(
         machine=machine_card(("mdf-mllm", "numpy")),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _give_back() -> None:
-    """Return freed memory to the system; glibc keeps some for later."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 class _Judge:

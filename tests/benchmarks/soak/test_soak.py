@@ -39,7 +39,7 @@ KINDS = {
 MAPPED = """
 import ctypes
 import sys
-from mdf_benchmarks.soak.commands import keep_heaps_small
+from mdf_benchmarks.memory import keep_heaps_small
 
 class Info(ctypes.Structure):  # struct mallinfo2
     _fields_ = [(f"n{i}" if i != 3 else "mapped", ctypes.c_size_t) for i in range(10)]
